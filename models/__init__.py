@@ -1,0 +1,6 @@
+"""Llama-family decoders as typed pytrees, and loading them from Hugging Face checkpoint directories."""
+
+from squeezejax.models.config import LlamaConfig, RopeConfig
+from squeezejax.models.llama import Llama, logits
+
+__all__ = ["Llama", "LlamaConfig", "RopeConfig", "logits"]
