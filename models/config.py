@@ -62,3 +62,154 @@ class LlamaConfig:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+
+# What transformers assumes of a field that config.json leaves out.
+_COMMON = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN = {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+}
+_FAMILIES = {
+    "llama": {"intermediate_size": 11_008, "max_position_embeddings": 2048, "eos_token_id": 2},
+    "mistral": {
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+
+
+def parse_config(raw: dict) -> LlamaConfig:
+    """The LlamaConfig of a Hugging Face config.json, as transformers 4 or 5 writes it, already decoded from JSON.
+
+    Fields left out take transformers' defaults for the model type. ValueError, with a sentence that names the field,
+    for a model that the decoder would compute wrongly: other model types and activations, sliding windows in use,
+    quantised weights, RoPE variants outside ROPE_KINDS.
+    """
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(_FAMILIES)}")
+    raw = {**_COMMON, **_FAMILIES[family], **raw}
+    _refuse_unsupported(family, raw)
+    D, N = _number(raw, "hidden_size", int), _number(raw, "num_attention_heads", int)
+    attention_bias = family in ("llama", "qwen3") and bool(raw["attention_bias"])
+    return LlamaConfig(
+        vocab_size=_number(raw, "vocab_size", int),
+        model_dim=D,
+        mlp_dim=_number(raw, "intermediate_size", int),
+        num_layers=_number(raw, "num_hidden_layers", int),
+        num_heads=N,
+        num_kv_heads=_number(raw, "num_key_value_heads", int, default=N),
+        head_dim=_number(raw, "head_dim", int, default=D // max(N, 1)),
+        rope=_parse_rope(raw),
+        norm_eps=_number(raw, "rms_norm_eps", float),
+        tie_embeddings=bool(raw["tie_word_embeddings"]),
+        qkv_bias=attention_bias or family == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(raw["mlp_bias"]),
+        qk_norm=family == "qwen3",
+        max_positions=_number(raw, "max_position_embeddings", int),
+        stop_tokens=parse_stop_tokens(raw),
+    )
+
+
+def parse_stop_tokens(raw: dict) -> tuple[int, ...]:
+    """The ids under eos_token_id: an integer, a list of them, or nothing."""
+    ids = raw.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {raw['eos_token_id']!r}")
+    return tuple(ids)
+
+
+def _refuse_unsupported(family: str, raw: dict):
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"quantised weights (quantization_config: {method}) are not supported; "
+            "load the float checkpoint that they were made from, or dequantise it first"
+        )
+    if raw["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; the MLP here computes silu")
+    # Mistral slides whenever a window is set; the Qwens have a switch of their own. Whether a window would be longer
+    # than every input cannot be known here, so it counts as in use.
+    slides = raw["sliding_window"] is not None if family == "mistral" else bool(raw.get("use_sliding_window"))
+    if slides:
+        field = "sliding_window" if family == "mistral" else "use_sliding_window"
+        raise ValueError(
+            f"sliding window attention ({field} = {raw[field]!r}) is not supported; if inputs stay within the window, "
+            f"set {field} to {'null' if family == 'mistral' else 'false'} in config.json"
+        )
+    others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"layer_types has {', '.join(others)} (a sliding window or another kind of attention), which is not "
+            "supported; every layer must be full_attention"
+        )
+
+
+def _parse_rope(raw: dict) -> RopeConfig:
+    # transformers 4: rope_theta and rope_scaling at the top level; 5: both inside rope_parameters.
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise ValueError("RoPE settings that differ by layer are not supported; rope_parameters must be a flat object")
+    kind = scaling.get("rope_type", scaling.get("type")) or "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+    rope = {**raw, **scaling}
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; it must be 1")
+    theta = _number(rope, "rope_theta", float, default=10_000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    # The top-level field goes first, as in transformers.
+    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    rope["original"] = original or raw["max_position_embeddings"]
+    original = _number(rope, "original", int)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=_number(rope, "factor", float))
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        numbers = {name: _number(rope, name, float) for name in names}
+        return RopeConfig(theta=theta, kind=kind, original_max_positions=original, **numbers)
+    optional = ("attention_factor", "mscale", "mscale_all_dim")
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=_number(rope, "factor", float, default=_number(raw, "max_position_embeddings", int) / original),
+        original_max_positions=original,
+        beta_fast=_number(rope, "beta_fast", float, default=32.0),
+        beta_slow=_number(rope, "beta_slow", float, default=1.0),
+        truncate=bool(rope.get("truncate", True)),
+        **{name: _number(rope, name, float) for name in optional if rope.get(name) is not None},
+    )
+
+
+def _number(raw: dict, name: str, kind: type, default=None):
+    """raw[name] as an int or a float; null or nothing there is the default, and an error without one."""
+    value = raw.get(name)
+    value = default if value is None else value
+    allowed = int if kind is int else (int, float)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        wanted = "an integer" if kind is int else "a number"
+        raise ValueError(f"config.json: {name} must be {wanted}, got {value!r}")
+    return kind(value)

@@ -13,7 +13,7 @@ def rms_norm(x, scale, eps: float):
     """x [... D] divided by its root mean square and scaled; statistics in float32 whatever the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * scale
+    return y.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -75,7 +75,7 @@ def _yarn_attention_factor(config: RopeConfig) -> float:
 def rope_tables(config: RopeConfig, head_dim: int, positions):
     """cos, sin f32[B T H/2] of the tokens at `positions` i32[B T]."""
     frequencies, factor = rope_frequencies(config, head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

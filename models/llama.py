@@ -170,4 +170,4 @@ def _ones(shape, dtype):
 
 
 def _add(x, bias):
-    return x if bias is None else x + bias[...]
+    return x if bias is None else x + jnp.broadcast_to(bias[...], x.shape)
