@@ -1,0 +1,37 @@
+"""Ask many questions of one long, fixed context: Squeezed Attention (arXiv 2411.09688) in JAX.
+
+params = squeezejax.models.load("path/to/checkpoint")
+tree = squeezejax.squeeze(params, context_tokens)
+answer = squeezejax.generate(params, tree, question_tokens)
+"""
+
+from squeezejax.attention import attend
+from squeezejax.calibrate import calibrate, log_thresholds
+from squeezejax.config import SqueezeConfig
+from squeezejax.generate import Generation, State, decode, dense_generate, generate, prefill
+from squeezejax.kmeans import KMeans, kmeans
+from squeezejax.select import Selection, select
+from squeezejax.squeeze import Progress, squeeze
+from squeezejax.tree import Level, Tree, build_tree
+
+__all__ = [
+    "Generation",
+    "KMeans",
+    "Level",
+    "Progress",
+    "Selection",
+    "SqueezeConfig",
+    "State",
+    "Tree",
+    "attend",
+    "build_tree",
+    "calibrate",
+    "decode",
+    "dense_generate",
+    "generate",
+    "kmeans",
+    "log_thresholds",
+    "prefill",
+    "select",
+    "squeeze",
+]

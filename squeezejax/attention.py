@@ -4,10 +4,17 @@ Letters: B batch, T query tokens, S keys, N query heads, K key/value heads, G = 
 is `(out, lse)`: out the attention over its own keys, lse the log of its softmax's denominator, both float32.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from squeezejax.pallas_kernels import dispatch, reference
+from squeezejax.scores import layer_level
+from squeezejax.select import check_queries, resolve_thresholds, select_groups, split_heads
+from squeezejax.tree import Tree
 
 # Finite, so that a fully masked row stays free of NaN: its lse is about MASKED, and merging gives it no weight.
 MASKED = -1e30
@@ -39,26 +46,159 @@ def merge(*partials):
     return out, top + jnp.log(total)
 
 
-def split_heads(q, num_kv_heads: int):
-    """q [B T N H] -> [B T K G H]: query heads grouped under the key/value head that they share."""
-    B, T, N, H = q.shape
-    return q.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
-
-
 def causal_attention(q, k, v, *, block: int = 256):
     """Dense causal attention of q [B T N H] over k, v [B T K H] -> f32[B T N H], in blocks of query tokens.
 
     Memory for scores is N · block · T floats a sequence, not N · T².
     """
     B, T, N, H = q.shape
-    groups = split_heads(q, k.shape[2])
     block = min(block, T)
-    padded = jnp.pad(groups, ((0, 0), (0, -T % block), (0, 0), (0, 0), (0, 0)))
+    padded = jnp.pad(q, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
 
     def one(start):
         rows = start + jnp.arange(block)
-        mask = jnp.broadcast_to(jnp.arange(T) <= rows[:, None], (B, block, T))
-        return partial_attention(jax.lax.dynamic_slice_in_dim(padded, start, block, axis=1), k, v, mask)[0]
+        mask = jnp.broadcast_to(jnp.arange(T)[None, :] <= rows[:, None], (B, block, T))
+        part = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=1)
+        return partial_attention(split_heads(part, k.shape[2]), k, v, mask)[0]
 
     out = jax.lax.map(jax.checkpoint(one), jnp.arange(0, padded.shape[1], block))  # [blocks B block K G H]
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
+
+
+def attend_cached(q, k, v, start, *, chunk: int = 1024):
+    """Causal attention of q [1 T N H], tokens from position `start` on, over k, v [1 T' K H] -> f32[1 T N H].
+
+    Keys are read in chunks up to the last one that q may see, so the work grows with `start`, which may be traced.
+    """
+    _, T, N, H = q.shape
+    R, K = k.shape[1:3]
+    chunk = min(chunk, R)
+    groups = split_heads(q, K)
+    row = start + jnp.arange(T)
+
+    def step(i, partial):
+        # The last chunk is moved back to end with the cache; rows already seen are masked.
+        first = jnp.minimum(i * chunk, R - chunk)
+        column = first + jnp.arange(chunk)
+        mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
+        part = [jax.lax.dynamic_slice_in_dim(cache, first, chunk, axis=1) for cache in (k, v)]
+        return merge(partial, partial_attention(groups, *part, mask[None]))
+
+    nothing = (jnp.zeros(groups.shape, jnp.float32), jnp.full(groups.shape[:-1], MASKED))
+    out, _ = jax.lax.fori_loop(0, (start + T + chunk - 1) // chunk, step, nothing)
+    return out.reshape(1, T, N, H)
+
+
+class Attended(NamedTuple):
+    """One layer's attention, and how much of the fixed context it read."""
+
+    out: jax.Array  # f32[B T N H]
+    lse: jax.Array  # f32[B T N]
+    kept: jax.Array  # f32[B], kept clustered keys / S, averaged over key/value heads and valid query tokens
+
+
+def attend(
+    tree: Tree,
+    q,
+    k,
+    v,
+    *,
+    layer,
+    start=None,
+    lengths=None,
+    sparsity=None,
+    log_thresholds=None,
+    implementation: str | None = None,
+):
+    """Attention of user tokens over kept keys ∪ window ∪ user tokens so far (spec.md, Online 6; paper section 3.2).
+
+    q [B T N H] are consecutive user tokens of layer `layer` (may be traced), after RoPE; k, v [B T' K H] the cache of
+    user tokens, possibly with unused room; q's first token lies in row `start` i32[B] of it (default T' − T), and rows
+    from `lengths` i32[B] on (default T') are padding: they are neither attended nor counted in any mean. Every
+    `tree.config.query_block` tokens, counted from q's first, share one selection. `sparsity` (default the tree's) or
+    `log_thresholds` f32[levels] may be traced.
+
+    Gives (out f32[B T N H], lse f32[B T N]), lse being the log of the softmax's denominator. Raises ValueError for
+    shapes that do not fit, NotImplementedError for an implementation that cannot run here.
+    """
+    check_queries(tree, q, "B T N H")
+    B, T, _, H = q.shape
+    if k.shape != v.shape or k.ndim != 4 or k.shape[0] != B or k.shape[2:] != (tree.num_kv_heads, H) or k.shape[1] < T:
+        raise ValueError(
+            f"k and v must both be [B={B} T'≥{T} K={tree.num_kv_heads} H={H}], got {k.shape} and {v.shape}"
+        )
+    start = jnp.full(B, k.shape[1] - T, jnp.int32) if start is None else _per_user(start, B, "start")
+    lengths = jnp.full(B, k.shape[1], jnp.int32) if lengths is None else _per_user(lengths, B, "lengths")
+    log_T = resolve_thresholds(tree, sparsity, log_thresholds)
+    attended = attend_user(tree, q, k, v, layer, start, lengths, log_T, dispatch.resolve(implementation))
+    return attended.out, attended.lse
+
+
+def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementation: str) -> Attended:
+    """`attend` with every argument resolved; log_T None attends to every fixed key (dense attention)."""
+    B, T, N, H = q.shape
+    block = min(tree.config.query_block or T, T)
+    num_blocks = -(-T // block)
+    groups = split_heads(q, tree.num_kv_heads)
+    groups = jnp.pad(groups, ((0, 0), (0, num_blocks * block - T), (0, 0), (0, 0), (0, 0)))
+
+    def attend_block(index):
+        first = index * block
+        token = first + jnp.arange(block)[None, :]
+        row = start[:, None] + token
+        valid = (row < lengths[:, None]) & (token < T)
+        part = jax.lax.dynamic_slice_in_dim(groups, first, block, axis=1)
+        fixed, kept = _attend_fixed(tree, part, valid, layer, log_T)
+        with jax.named_scope("attend_user_tokens"):
+            column = jnp.arange(k.shape[1])[None, None, :]
+            mask = (column <= row[:, :, None]) & (column < lengths[:, None, None])
+            own = partial_attention(part, k, v, mask)
+        out, lse = merge(*fixed, own)
+        return out, lse, kept, jnp.sum(valid.astype(jnp.float32), axis=1)
+
+    if num_blocks == 1:
+        out, lse, kept, _ = attend_block(0)
+    else:
+        out, lse, kept, tokens = jax.lax.map(attend_block, jnp.arange(num_blocks))
+        out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, num_blocks * block, *x.shape[3:]) for x in (out, lse))
+        kept = jnp.sum(kept * tokens, axis=0) / jnp.maximum(jnp.sum(tokens, axis=0), 1.0)
+    return Attended(out[:, :T].reshape(B, T, N, H), lse[:, :T].reshape(B, T, N), kept)
+
+
+def _attend_fixed(tree: Tree, q, valid, layer, log_T):
+    """q [B T K G H], one selection a user, over the fixed context -> ([(out, lse), …], kept fraction f32[B])."""
+    B, T, K, G, H = q.shape
+    S, R = tree.num_keys, tree.keys.shape[2]
+    rows_of_head = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    partials = []
+    if tree.window_keys.shape[2]:
+        with jax.named_scope("attend_window"):
+            everything = jnp.ones((K, tree.window_keys.shape[2]), bool)
+            partials.append(reference.attend_all(rows_of_head, tree.window_keys, tree.window_values, everything, layer))
+    if log_T is None:
+        with jax.named_scope("attend_all_keys"):
+            partials.append(reference.attend_all(rows_of_head, tree.keys, tree.values, tree.order[layer] >= 0, layer))
+        kept_fraction = jnp.ones(B)
+    else:
+        kept = jax.vmap(lambda q, valid: select_groups(tree, q, valid, layer, log_T))(q, valid)  # [B K C]
+        with jax.named_scope("attend_kept_keys"):
+            level = layer_level(tree.levels[-1], layer)
+            list_rows = jax.vmap(functools.partial(reference.kept_rows, num_rows=R))  # over K
+            rows, num_rows = jax.vmap(lambda kept: list_rows(kept, level.starts, level.counts))(kept)
+            base = jnp.tile((layer * K + jnp.arange(K)) * R, B)
+            flat = lambda cache: cache.reshape(-1, H)  # noqa: E731
+            lanes = rows_of_head.reshape(B * K, T * G, H)
+            out, lse = reference.attend_rows(
+                lanes, flat(tree.keys), flat(tree.values), rows.reshape(B * K, R), num_rows.reshape(-1), base
+            )
+            partials.append((out.reshape(B, K, T * G, H), lse.reshape(B, K, T * G)))
+        kept_fraction = jnp.mean(num_rows.astype(jnp.float32), axis=1) / S
+    back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)  # noqa: E731
+    return [(back(out), back(lse)) for out, lse in partials], kept_fraction
+
+
+def _per_user(value, B: int, name: str):
+    value = jnp.asarray(value, jnp.int32)
+    if value.shape not in ((), (B,)):
+        raise ValueError(f"{name} must be i32[B={B}], got shape {value.shape}")
+    return jnp.broadcast_to(value, (B,))

@@ -1,0 +1,129 @@
+"""Plain XLA for every kernel: the oracle that kernels are tested against, and the path of CPU, TPU and older GPUs.
+
+A *lane* is one set of query rows that share one selection and one key/value head; U lanes of M rows each. Rows of all
+layers and heads lie in one flat cache [R H]; a lane names its kept rows by a list, so no key is ever copied but into
+the chunk at hand.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a lane with no row gives weight 0 in a merge, not NaN.
+MASKED = -1e30
+
+
+def log_mean_scores(dots, counts, alive, valid):
+    """log A of every cluster: its softmax-normalised score, averaged over query rows (spec.md, Offline 4 and Online 5).
+
+    dots f32[M C] = s(q, c); counts i32[C]; alive bool[C], clusters that take part; valid bool[M], rows that do.
+    Gives f32[C]: log A over alive clusters, −∞ for the others. Maximum and sum run over alive clusters only, so that
+    a dead cluster, however high it scores, changes nothing.
+    """
+    # One order of operations, here and in calibration: (s − max) − log Σ n exp(s − max), then log-mean-exp over rows.
+    live = jnp.where(alive[None, :], dots, MASKED)
+    shifted = live - jnp.max(live, axis=1, keepdims=True)
+    weights = jnp.where(alive, counts, 0).astype(jnp.float32)
+    total = jnp.sum(weights[None, :] * jnp.exp(shifted), axis=1, keepdims=True)
+    log_scores = shifted - jnp.log(jnp.maximum(total, 1.0))  # ≥ 1 wherever a cluster is alive: its maximum adds n ≥ 1
+    log_scores = jnp.where(valid[:, None], log_scores, MASKED)
+    top = jnp.max(log_scores, axis=0)
+    mean = jnp.sum(jnp.where(valid[:, None], jnp.exp(log_scores - top[None, :]), 0.0), axis=0)
+    num_rows = jnp.sum(valid.astype(jnp.float32))
+    log_mean = top + (jnp.log(mean) - jnp.log(num_rows))  # log 1 − log 1 = 0: equal scores stay bit-equal
+    return jnp.where(alive & (num_rows > 0), log_mean, -jnp.inf)
+
+
+def kept_rows(kept, starts, counts, num_rows: int):
+    """The rows of the kept clusters as one list: (rows i32[num_rows], how many of them count i32[]).
+
+    kept bool[C], starts, counts i32[C]; clusters are disjoint runs, in any order. Entries past the count are 0.
+    """
+    C = kept.shape[0]
+    lengths = jnp.where(kept, counts, 0)
+    live = lengths > 0
+    offsets = jnp.cumsum(lengths) - lengths
+    # List position j of a cluster holds row j + shift; the list is a running sum of the changes of shift.
+    slot = jnp.where(live, jnp.cumsum(live) - 1, C)
+    shifts = jnp.zeros(C, jnp.int32).at[slot].set(starts - offsets, mode="drop")
+    changes = jnp.diff(shifts, prepend=0)
+    at = jnp.where(live, offsets, num_rows)
+    jumps = jnp.zeros(num_rows, jnp.int32).at[at].set(changes[jnp.minimum(slot, C - 1)], mode="drop")
+    total = jnp.sum(lengths)
+    position = jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.where(position < total, jnp.cumsum(jumps) + position, 0), total
+
+
+class _Softmax(NamedTuple):
+    """A softmax over keys seen so far, not yet divided."""
+
+    top: jax.Array  # f32[U M]
+    total: jax.Array  # f32[U M]
+    out: jax.Array  # f32[U M H]
+
+
+def _softmax_start(U, M, H):
+    return _Softmax(jnp.full((U, M), MASKED), jnp.zeros((U, M)), jnp.zeros((U, M, H)))
+
+
+def _softmax_step(state: _Softmax, q, k, v, mask) -> _Softmax:
+    """Adds keys k, values v [U J H] where mask bool[U J], for queries q [U M H]."""
+    scores = jnp.einsum("UMH,UJH->UMJ", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = jnp.where(mask[:, None, :], scores, MASKED)
+    top = jnp.maximum(state.top, jnp.max(scores, axis=-1))
+    weights = jnp.where(mask[:, None, :], jnp.exp(scores - top[:, :, None]), 0.0)
+    keep = jnp.exp(state.top - top)
+    out = jnp.einsum("UMJ,UJH->UMH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return _Softmax(top, state.total * keep + jnp.sum(weights, axis=-1), state.out * keep[:, :, None] + out)
+
+
+def _softmax_end(state: _Softmax):
+    """(out f32[U M H], lse f32[U M]); a lane without keys gives 0 and MASKED."""
+    safe = jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)
+    return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
+
+
+def attend_rows(q, keys, values, rows, num_rows, base, *, chunk: int = 256):
+    """Exact attention of each lane over its listed rows -> (out f32[U M H], lse f32[U M]).
+
+    q [U M H]; keys, values [R H], all rows of all layers and heads; rows i32[U J] lists each lane's rows, the first
+    num_rows i32[U] of which count, relative to base i32[U]. The loop ends with the longest lane: its trip count is
+    known on the device only, and no row is ever dropped.
+    """
+    U, M, H = q.shape
+    chunk = min(chunk, rows.shape[1])
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % chunk)))
+
+    def step(i, state):
+        first = i * chunk
+        index = jax.lax.dynamic_slice_in_dim(rows, first, chunk, axis=1) + base[:, None]
+        take = lambda cache: cache.at[index].get(mode="promise_in_bounds").astype(q.dtype)  # noqa: E731
+        mask = (first + jnp.arange(chunk))[None, :] < num_rows[:, None]
+        return _softmax_step(state, q, take(keys), take(values), mask)
+
+    steps = (jnp.max(num_rows) + chunk - 1) // chunk
+    return _softmax_end(jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H)))
+
+
+def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):
+    """Dense attention over every valid row of one layer -> (out f32[B K M H], lse f32[B K M]).
+
+    q [B K M H]; keys, values [L K R H]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
+    """
+    B, K, M, H = q.shape
+    R = keys.shape[2]
+    chunk = min(chunk, R)
+    q = q.transpose(1, 0, 2, 3).reshape(K, B * M, H)
+
+    def step(i, state):
+        # The last chunk is moved back to end with the cache; rows already seen are masked.
+        first = jnp.minimum(i * chunk, R - chunk)
+        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]  # noqa: E731
+        mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
+        mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
+        return _softmax_step(state, q, take(keys).astype(q.dtype), take(values).astype(q.dtype), mask)
+
+    out, lse = _softmax_end(jax.lax.fori_loop(0, -(-R // chunk), step, _softmax_start(K, B * M, H)))
+    return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)

@@ -1,0 +1,51 @@
+"""How a context is squeezed: one frozen, hashable value that validates itself."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class SqueezeConfig:
+    """Everything that decides what a tree looks like and how it is read.
+
+    Raises ValueError, naming the field, for values that make no sense.
+    """
+
+    cluster_fractions: tuple[float, ...] = (0.01, 0.05)  # clusters per clustered key, coarse → fine; one entry = flat
+    observation_window: int = 100  # W, last tokens of the context: never clustered, always attended, calibrate T
+    sparsity: float = 0.9  # default fraction of clustered keys to drop; any other can be asked for at call time
+    coarse_margin: float = 4.0  # the coarsest level keeps coarse_margin · (1 − sparsity) of the calibration keys
+    query_block: int | None = 128  # user tokens that share one selection in prefill; None = all of them
+    kmeans_iterations: int = 7  # Lloyd steps, those between swaps counted
+    kmeans_tolerance: float = 0.0  # relative gain in inertia below which Lloyd steps stop early
+
+    def __post_init__(self):
+        # Lists come from JSON headers and command lines; a tuple keeps the config hashable.
+        object.__setattr__(self, "cluster_fractions", tuple(float(f) for f in self.cluster_fractions))
+        fractions = self.cluster_fractions
+        if not fractions or not all(0 < f <= 1 for f in fractions):
+            raise ValueError(f"cluster_fractions must be fractions in (0, 1], coarse → fine, got {fractions}")
+        if any(coarse >= fine for coarse, fine in zip(fractions, fractions[1:], strict=False)):
+            raise ValueError(f"cluster_fractions must increase from coarse to fine, got {fractions}")
+        if self.observation_window < 0:
+            raise ValueError(f"observation_window must be at least 0, got {self.observation_window}")
+        if math.isnan(self.sparsity):
+            raise ValueError("sparsity must be a number, got NaN")
+        if not self.coarse_margin >= 1:
+            raise ValueError(f"coarse_margin must be at least 1, got {self.coarse_margin}")
+        if self.query_block is not None and self.query_block < 1:
+            raise ValueError(f"query_block must be at least 1 or None, got {self.query_block}")
+        if self.kmeans_iterations < 0:
+            raise ValueError(f"kmeans_iterations must be at least 0, got {self.kmeans_iterations}")
+        if not self.kmeans_tolerance >= 0:
+            raise ValueError(f"kmeans_tolerance must be at least 0, got {self.kmeans_tolerance}")
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the centroid hierarchy."""
+        return len(self.cluster_fractions)
+
+    def num_clusters(self, num_keys: int) -> tuple[int, ...]:
+        """C of each level for S = num_keys clustered keys, coarse → fine: max(1, ⌊fraction · S⌋)."""
+        # The guard keeps 0.29 · 100 = 28.999… from losing a cluster to rounding.
+        return tuple(max(1, math.floor(fraction * num_keys + 1e-9)) for fraction in self.cluster_fractions)

@@ -1,0 +1,85 @@
+"""Which clusters matter to a query: centroids scored level by level, thresholded in log space (spec.md, Online 5)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from squeezejax.calibrate import log_thresholds as log_thresholds_at
+from squeezejax.scores import centroid_dots, descend, layer_level
+from squeezejax.tree import Tree
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The finest clusters that one set of query tokens keeps in one layer."""
+
+    kept: jax.Array  # bool[K C]
+    layer: jax.Array  # i32[]
+
+    def key_mask(self, tree: Tree) -> jax.Array:
+        """bool[K S]: the clustered keys that are kept, in their original order; the window is not included."""
+        level = layer_level(tree.levels[-1], self.layer)
+        order = tree.order[self.layer]
+        change = self.kept.astype(jnp.int32)
+        heads = jnp.arange(order.shape[0])[:, None]
+        edges = jnp.zeros((order.shape[0], order.shape[1] + 1), jnp.int32)
+        edges = edges.at[heads, level.starts].add(change).at[heads, level.starts + level.counts].add(-change)
+        rows = jnp.cumsum(edges, axis=1)[:, :-1] > 0
+        mask = jnp.zeros((order.shape[0], tree.num_keys), bool)
+        # Padding rows (order −1) are sent past the end, where the scatter drops them.
+        return mask.at[heads, jnp.where(order < 0, tree.num_keys, order)].set(rows, mode="drop")
+
+    def num_kept(self, tree: Tree) -> jax.Array:
+        """i32[K]: keys kept by each key/value head."""
+        return jnp.sum(jnp.where(self.kept, layer_level(tree.levels[-1], self.layer).counts, 0), axis=-1)
+
+
+def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selection:
+    """The clusters kept for q [T N H], the query tokens of one layer that share one selection.
+
+    `sparsity` (default the tree's) is looked up in the calibrated table; `log_thresholds` f32[levels] overrides it.
+    Both may be traced, as may `layer`. A cluster is kept iff its log A exceeds log T strictly and its ancestors are
+    kept. Raises ValueError for shapes that do not fit the tree, or for a tree without thresholds where they are needed.
+    """
+    check_queries(tree, q, "T N H")
+    log_T = resolve_thresholds(tree, sparsity, log_thresholds)
+    groups = split_heads(q[None], tree.num_kv_heads)[0]
+    kept = select_groups(tree, groups, jnp.ones(q.shape[0], bool), layer, log_T)
+    return Selection(kept=kept, layer=jnp.asarray(layer, jnp.int32))
+
+
+def select_groups(tree: Tree, q, valid, layer, log_T):
+    """bool[K C] kept finest clusters for q [T K G H], of which valid bool[T] take part, at log_T f32[levels]."""
+    with jax.named_scope("select"):
+        levels = [layer_level(level, layer) for level in tree.levels]
+        dots = [centroid_dots(level, q) for level in levels]
+        rows = jnp.repeat(valid, q.shape[2])
+        return descend(levels, dots, rows, log_T)[1]
+
+
+def resolve_thresholds(tree: Tree, sparsity, log_thresholds) -> jax.Array:
+    """log T f32[levels] from an explicit value, else from the table at `sparsity`, else at the tree's own sparsity."""
+    if log_thresholds is None:
+        return log_thresholds_at(tree, tree.config.sparsity if sparsity is None else sparsity)
+    if sparsity is not None:
+        raise ValueError("give sparsity or log_thresholds, not both")
+    log_T = jnp.asarray(log_thresholds, jnp.float32)
+    if log_T.shape != (len(tree.levels),):
+        raise ValueError(f"log_thresholds must be f32[{len(tree.levels)}], one a level, got shape {log_T.shape}")
+    return log_T
+
+
+def check_queries(tree: Tree, q, axes: str):
+    """Raises ValueError unless q [… N H] has the axes named and fits the tree's heads."""
+    _, K, _, H = tree.keys.shape
+    if q.ndim != len(axes.split()) or q.shape[-1] != H or q.shape[-2] % K:
+        raise ValueError(f"q must be [{axes}] with H = {H} and N a multiple of K = {K}, got {q.shape}")
+
+
+def split_heads(q, num_kv_heads: int):
+    """q [B T N H] -> [B T K G H]: query heads grouped under the key/value head that they share."""
+    B, T, N, H = q.shape
+    return q.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
