@@ -49,7 +49,7 @@ _TENSORS = {
 }
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names -> NumPy's
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; it follows from the config
-_SLAB_BYTES = 32 << 20  # what is read at once; fingerprints depend on it, so it must not change
+_SLAB_BYTES = 8 << 20  # what is read at once; fingerprints depend on it, so it must not change
 _SAMPLE_BYTES = 4096
 
 
@@ -104,16 +104,13 @@ def load(path, dtype=None) -> Llama:
 
 
 def _parse(folder: Path, raw: dict) -> LlamaConfig:
+    generation = folder / "generation_config.json"
+    sampling = _read_json(generation) if generation.exists() else {}
     try:
         config = parse_config(raw)
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            config = dataclasses.replace(
-                config, stop_tokens=parse_stop_tokens(_read_json(generation)) or config.stop_tokens
-            )
+        return dataclasses.replace(config, stop_tokens=parse_stop_tokens(sampling) or config.stop_tokens)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return config
 
 
 def _read_json(file: Path) -> dict:
@@ -200,6 +197,10 @@ def _parameter(path: str, shape: tuple[int, ...]) -> _Parameter:
 
 def _check_tensors(folder: Path, config: LlamaConfig, stored: dict[str, _Stored]):
     """ValueError unless the stored tensors are those that the config asks for, in name, shape and kind."""
+    if config.num_layers > len(stored):  # also spares the names of a damaged config's billion layers
+        raise ValueError(
+            f"{folder} stores {len(stored)} tensors, missing most of the {config.num_layers} layers it names"
+        )
     parameters, _ = _structure(config, jnp.float32)
     expected = {name: parameter.stored_shape for parameter in parameters for name in parameter.names}
     strange = {name: tensor.dtype for name, tensor in stored.items() if tensor.dtype not in _DTYPES}

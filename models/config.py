@@ -25,10 +25,16 @@ class RopeConfig:
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope kind {self.kind!r} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
-        if self.theta <= 0 or self.factor <= 0:
+        if not (self.theta > 0 and self.factor > 0):  # so written, NaN fails too
             raise ValueError(f"rope theta ({self.theta}) and factor ({self.factor}) must be positive")
         if self.kind in ("llama3", "yarn") and not self.original_max_positions:
             raise ValueError(f"rope kind {self.kind!r} needs original_max_positions")
+        if self.kind == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0 and self.theta != 1):
+            raise ValueError("yarn needs beta_fast and beta_slow above 0, and a theta other than 1")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"llama3 needs low_freq_factor ({self.low_freq_factor}) < high_freq_factor ({self.high_freq_factor})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,7 @@ def parse_config(raw: dict) -> LlamaConfig:
     raw = {**_COMMON, **_FAMILIES[family], **raw}
     _refuse_unsupported(family, raw)
     D, N = _number(raw, "hidden_size", int), _number(raw, "num_attention_heads", int)
-    attention_bias = family in ("llama", "qwen3") and bool(raw["attention_bias"])
+    attention_bias = family in ("llama", "qwen3") and _flag(raw, "attention_bias")
     return LlamaConfig(
         vocab_size=_number(raw, "vocab_size", int),
         model_dim=D,
@@ -121,10 +127,10 @@ def parse_config(raw: dict) -> LlamaConfig:
         head_dim=_number(raw, "head_dim", int, default=D // max(N, 1)),
         rope=_parse_rope(raw),
         norm_eps=_number(raw, "rms_norm_eps", float),
-        tie_embeddings=bool(raw["tie_word_embeddings"]),
+        tie_embeddings=_flag(raw, "tie_word_embeddings"),
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=family == "llama" and bool(raw["mlp_bias"]),
+        mlp_bias=family == "llama" and _flag(raw, "mlp_bias"),
         qk_norm=family == "qwen3",
         max_positions=_number(raw, "max_position_embeddings", int),
         stop_tokens=parse_stop_tokens(raw),
@@ -159,11 +165,11 @@ def _refuse_unsupported(family: str, raw: dict):
             f"sliding window attention ({field} = {raw[field]!r}) is not supported; if inputs stay within the window, "
             f"set {field} to {'null' if family == 'mistral' else 'false'} in config.json"
         )
-    others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})
-    if others:
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ValueError(
-            f"layer_types has {', '.join(others)} (a sliding window or another kind of attention), which is not "
-            "supported; every layer must be full_attention"
+            f"layer_types {layer_types!r} is not supported (a sliding window, or another kind of attention); "
+            "every layer must be full_attention"
         )
 
 
@@ -181,27 +187,26 @@ def _parse_rope(raw: dict) -> RopeConfig:
     theta = _number(rope, "rope_theta", float, default=10_000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    # The top-level field goes first, as in transformers.
-    original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    rope["original"] = original or raw["max_position_embeddings"]
-    original = _number(rope, "original", int)
     if kind == "linear":
         return RopeConfig(theta=theta, kind=kind, factor=_number(rope, "factor", float))
+    name, longest = "original_max_position_embeddings", _number(raw, "max_position_embeddings", int)
+    # As in transformers, the top-level field goes before the one in the RoPE settings.
+    original = _number(scaling if raw.get(name) is None else raw, name, int, default=longest)
     if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        numbers = {name: _number(rope, name, float) for name in names}
+        numbers = {name: _number(rope, name, float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
         return RopeConfig(theta=theta, kind=kind, original_max_positions=original, **numbers)
-    optional = ("attention_factor", "mscale", "mscale_all_dim")
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=_number(rope, "factor", float, default=_number(raw, "max_position_embeddings", int) / original),
-        original_max_positions=original,
-        beta_fast=_number(rope, "beta_fast", float, default=32.0),
-        beta_slow=_number(rope, "beta_slow", float, default=1.0),
-        truncate=bool(rope.get("truncate", True)),
-        **{name: _number(rope, name, float) for name in optional if rope.get(name) is not None},
-    )
+    if rope.get("factor") is None:
+        rope["factor"] = longest / max(original, 1)
+    names = ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+    numbers = {name: _number(rope, name, float) for name in names if rope.get(name) is not None}
+    truncate = bool(rope.get("truncate", True))  # transformers takes null for False
+    return RopeConfig(theta=theta, kind=kind, original_max_positions=original, truncate=truncate, **numbers)
+
+
+def _flag(raw: dict, name: str) -> bool:
+    if not isinstance(raw[name], bool):
+        raise ValueError(f"config.json: {name} must be true or false, got {raw[name]!r}")
+    return raw[name]
 
 
 def _number(raw: dict, name: str, kind: type, default=None):
