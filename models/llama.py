@@ -141,7 +141,7 @@ class Llama(nnx.Module):
 @jax.jit
 def _logits(params: Llama, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    attend = lambda carry, layer, q, k, v: (carry, causal_attention(q, k, v))  # noqa: E731
+    attend = lambda carry, layer, q, k, v: (carry, causal_attention(q, k, v))
     x, _ = params.run_layers(params.embed(tokens), positions, attend, None)
     return params.unembed(x)
 

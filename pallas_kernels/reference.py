@@ -99,7 +99,7 @@ def attend_rows(q, keys, values, rows, num_rows, base, *, chunk: int = 256):
     def step(i, state):
         first = i * chunk
         index = jax.lax.dynamic_slice_in_dim(rows, first, chunk, axis=1) + base[:, None]
-        take = lambda cache: cache.at[index].get(mode="promise_in_bounds").astype(q.dtype)  # noqa: E731
+        take = lambda cache: cache.at[index].get(mode="promise_in_bounds").astype(q.dtype)
         mask = (first + jnp.arange(chunk))[None, :] < num_rows[:, None]
         return _softmax_step(state, q, take(keys), take(values), mask)
 
@@ -120,7 +120,7 @@ def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):
     def step(i, state):
         # The last chunk is moved back to end with the cache; rows already seen are masked.
         first = jnp.minimum(i * chunk, R - chunk)
-        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]  # noqa: E731
+        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
         return _softmax_step(state, q, take(keys).astype(q.dtype), take(values).astype(q.dtype), mask)

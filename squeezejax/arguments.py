@@ -28,7 +28,7 @@ def check_model(params, tree):
 
 
 def check_tokens(tokens, vocab_size: int) -> jax.Array:
-    """tokens i32[B T] from i32[B T] or i32[T]; dtype, rank, emptiness and, for values on the host, range are checked."""
+    """tokens i32[B T] from i32[B T] or i32[T], after checks of dtype, rank and, for values on the host, range."""
     on_host = not isinstance(tokens, jax.Array)
     tokens = np.asarray(tokens) if on_host else tokens
     if tokens.ndim == 1:

@@ -186,14 +186,14 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T):
             list_rows = jax.vmap(functools.partial(reference.kept_rows, num_rows=R))  # over K
             rows, num_rows = jax.vmap(lambda kept: list_rows(kept, level.starts, level.counts))(kept)
             base = jnp.tile((layer * K + jnp.arange(K)) * R, B)
-            flat = lambda cache: cache.reshape(-1, H)  # noqa: E731
+            flat = lambda cache: cache.reshape(-1, H)
             lanes = rows_of_head.reshape(B * K, T * G, H)
             out, lse = reference.attend_rows(
                 lanes, flat(tree.keys), flat(tree.values), rows.reshape(B * K, R), num_rows.reshape(-1), base
             )
             partials.append((out.reshape(B, K, T * G, H), lse.reshape(B, K, T * G)))
         kept_fraction = jnp.mean(num_rows.astype(jnp.float32), axis=1) / S
-    back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)  # noqa: E731
+    back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)
     return [(back(out), back(lse)) for out, lse in partials], kept_fraction
 
 

@@ -1,6 +1,7 @@
 """How a context is squeezed: one frozen, hashable value that validates itself."""
 
 import dataclasses
+import itertools
 import math
 
 
@@ -25,7 +26,7 @@ class SqueezeConfig:
         fractions = self.cluster_fractions
         if not fractions or not all(0 < f <= 1 for f in fractions):
             raise ValueError(f"cluster_fractions must be fractions in (0, 1], coarse → fine, got {fractions}")
-        if any(coarse >= fine for coarse, fine in zip(fractions, fractions[1:], strict=False)):
+        if any(coarse >= fine for coarse, fine in itertools.pairwise(fractions)):
             raise ValueError(f"cluster_fractions must increase from coarse to fine, got {fractions}")
         if self.observation_window < 0:
             raise ValueError(f"observation_window must be at least 0, got {self.observation_window}")

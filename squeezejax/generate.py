@@ -290,7 +290,7 @@ def _with_room(state: State, num_tokens: int) -> State:
         return state
     # Growing by whole blocks keeps the number of compiled shapes small.
     rows = -(-missing // DEFAULT_ROOM) * DEFAULT_ROOM
-    grow = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))  # noqa: E731
+    grow = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))
     return dataclasses.replace(state, keys=grow(state.keys), values=grow(state.values))
 
 

@@ -44,8 +44,8 @@ def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
 
 def sample(logits, sampling: Sampling, key) -> jax.Array:
     """Next tokens i32[B] from logits f32[B V]."""
-    draw = lambda: jax.random.categorical(key, _restrict(logits, sampling), axis=-1).astype(jnp.int32)  # noqa: E731
-    greedy = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)  # noqa: E731
+    draw = lambda: jax.random.categorical(key, _restrict(logits, sampling), axis=-1).astype(jnp.int32)
+    greedy = lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.lax.cond(sampling.temperature > 0, draw, greedy)
 
 

@@ -124,7 +124,7 @@ def build_layer(keys, values, config: SqueezeConfig, key) -> Tree:
 
 @functools.partial(jax.jit, static_argnames=("clusters", "config"))
 def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeConfig) -> Tree:
-    """Sorts one layer by cluster; labels as for `build_tree` without L, clusters = C of each level -> Tree without L."""
+    """Sorts one layer by cluster: labels as for `build_tree`, clusters = C of each level; nothing has the axis L."""
     S = keys.shape[1] - config.observation_window
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters))(keys[:, :S], labels)
     rows = order[:, :, None]
