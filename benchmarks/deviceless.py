@@ -1,0 +1,89 @@
+"""Compiling for an H200 on a machine without a GPU, and reading what each kernel uses.
+
+Import before anything else touches JAX. Needs `jax[cuda13]` (its plugin and compiler), no GPU.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import tempfile
+
+_DUMP = pathlib.Path(tempfile.mkdtemp(prefix="squeezejax_mosaic_"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+os.environ.update(MOSAIC_GPU_DUMP_TO=str(_DUMP), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+TARGET = pathlib.Path(__file__).with_name("h200.textproto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the assembler says of one Mosaic kernel."""
+
+    name: str
+    registers: int
+    shared_memory: int  # bytes, static and dynamic
+    spilled: int  # bytes of spill stores and loads, and of stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted program, compiled for an H200."""
+
+    text: str  # optimised HLO
+    temporaries: int  # bytes
+    kernels: tuple[Kernel, ...]  # Mosaic kernels, in order of compilation
+
+
+@functools.cache
+def sharding() -> NamedSharding:
+    """The one device of the H200 that programs are compiled for."""
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+    )
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
+
+
+def on_device(tree):
+    """Shapes and dtypes of a pytree of arrays (or of their descriptions), placed on the device to compile for."""
+    place = sharding()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def compile_program(function, *args) -> Program:
+    """Compiles a function of `on_device` arguments; the GPU's code is made, nothing runs."""
+    for path in _DUMP.iterdir():
+        path.unlink()
+    with _silence_stderr():
+        compiled = jax.jit(function, out_shardings=sharding()).lower(*args).compile()
+    return Program(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, tuple(_kernels()))
+
+
+def _kernels():
+    for path in sorted(_DUMP.glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1])):
+        report, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
+        print(report[-600:], re.findall(r".*shared.*", ptx)[:5])
+        registers = int(re.search(r"[Uu]sed (\d+) registers", report)[1])
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        yield Kernel(path.stem.rsplit("_", 1)[0], registers, 0, sum(int(n) for found in spills for n in found))
+
+
+@contextlib.contextmanager
+def _silence_stderr():
+    """The dump looks for a disassembler that it does not need, and complains to the file descriptor."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

@@ -1,0 +1,66 @@
+"""What the Mosaic GPU kernels share: how their memory is laid out, and interpreting them on a CPU.
+
+Importing this needs JAX ≥ 0.11; `dispatch` imports it only after checking that.
+"""
+
+import contextlib
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+GRANULE = 8  # rows that a kernel reads together: the height of a swizzle tile, the least that TMA can place
+
+# Transposed scores and outputs: key rows (or head entries) down the 64 rows of a wgmma, query rows along its columns.
+MATRIX = plgpu.Layout.WGMMA
+DOWN = MATRIX.reduce(1)  # a vector along a MATRIX's rows
+ALONG = MATRIX.reduce(0)  # a vector along a MATRIX's columns
+
+_interpreting = False
+
+
+@contextlib.contextmanager
+def interpret():
+    """Kernels traced inside run on the CPU, by Pallas's interpreter."""
+    global _interpreting
+    _interpreting = True
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            yield
+    finally:
+        _interpreting = False
+
+
+def interpreting() -> bool:
+    """Whether kernels are traced for the interpreter."""
+    return _interpreting
+
+
+def load(ref, layout):
+    """Reads a reference to GPU memory straight into registers in a WGMMA-family layout."""
+    if _interpreting:  # which knows no such loads
+        return plgpu.layout_cast(ref[...], layout)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def swizzled(columns: int):
+    """Shared-memory transforms of 16-bit wgmma operands of so many columns."""
+    tile = 64 if columns % 64 == 0 else 32
+    return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(2 * tile)
+
+
+def compiler_params(**options) -> plgpu.CompilerParams:
+    """Options of every kernel here; more may be given."""
+    return plgpu.CompilerParams(
+        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
+    )
+
+
+def columns(vector, shape):
+    """A vector along the columns, repeated down the rows of `shape`."""
+    return jax.lax.broadcast_in_dim(vector, shape, [1])
+
+
+def full(shape, value, layout):
+    """A constant float32 array in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
