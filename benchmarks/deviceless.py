@@ -30,7 +30,7 @@ class Kernel:
 
     name: str
     registers: int
-    shared_memory: int  # bytes, static and dynamic
+    shared_memory: int  # bytes
     spilled: int  # bytes of spill stores and loads, and of stack
 
 
@@ -70,10 +70,12 @@ def compile_program(function, *args) -> Program:
 def _kernels():
     for path in sorted(_DUMP.glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1])):
         report, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
-        print(report[-600:], re.findall(r".*shared.*", ptx)[:5])
+
+        resources = path.with_suffix(".resources.txt").read_text()
+        shared_memory = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
         registers = int(re.search(r"[Uu]sed (\d+) registers", report)[1])
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        yield Kernel(path.stem.rsplit("_", 1)[0], registers, 0, sum(int(n) for found in spills for n in found))
+        yield Kernel(path.stem.rsplit("_", 1)[0], registers, shared_memory, sum(int(n) for found in spills for n in found))
 
 
 @contextlib.contextmanager

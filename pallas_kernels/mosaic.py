@@ -43,22 +43,27 @@ def load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def swizzled(columns: int):
-    """Shared-memory transforms of 16-bit wgmma operands of so many columns."""
-    tile = 64 if columns % 64 == 0 else 32
+def swizzled(head_dim: int):
+    """Shared-memory transforms of a kernel's 16-bit wgmma operands; all must share one swizzle."""
+    tile = 64 if head_dim % 64 == 0 else 32
     return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(2 * tile)
 
 
-def compiler_params(**options) -> plgpu.CompilerParams:
+def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerParams:
     """Options of every kernel here; more may be given."""
     return plgpu.CompilerParams(
-        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
+        approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
     )
 
 
 def columns(vector, shape):
     """A vector along the columns, repeated down the rows of `shape`."""
     return jax.lax.broadcast_in_dim(vector, shape, [1])
+
+
+def rows(vector, shape):
+    """A vector down the rows, repeated along the columns of `shape`."""
+    return jax.lax.broadcast_in_dim(vector, shape, [0])
 
 
 def full(shape, value, layout):

@@ -56,10 +56,11 @@ class Config:
             raise ValueError(f"granule must divide {TILE} and be a multiple of {GRANULE}, got {self.granule}")
 
 
-def default_config(head_dim: int) -> Config:
-    """Some 96 KB in flight a CTA and two CTAs a multiprocessor; wide heads have one CTA with 192 KB."""
-    stages = {64: 6, 96: 3, 128: 3, 192: 4, 256: 3}[head_dim]
-    return Config(stages=stages, num_ctas=132 if head_dim > 128 else 264)
+def default_config(head_dim: int, group: int) -> Config:
+    """Two CTAs a multiprocessor, each with some 96 KB in flight, where registers allow; else one with 192 KB."""
+    if group <= 8 and head_dim <= 128:
+        return Config(stages={64: 6, 96: 3, 128: 3}[head_dim], num_ctas=264)
+    return Config(stages={64: 8, 96: 6, 128: 6, 192: 4, 256: 3}[head_dim], num_ctas=132)
 
 
 def attend_items(q, keys, values, items, num_items, layer, *, config: Config | None = None):
@@ -72,7 +73,7 @@ def attend_items(q, keys, values, items, num_items, layer, *, config: Config | N
     B, K, G, H = q.shape
     L, _, R, _ = keys.shape
     check(q.dtype, keys.dtype, G, H, R)
-    config = config or default_config(H)
+    config = config or default_config(H, G)
     U, M = B * K, -(-G // 8) * 8
     lanes = jnp.pad(q.reshape(U, G, H), ((0, 0), (0, M - G), (0, 0)))
     counts = num_items.reshape(U)
@@ -254,7 +255,7 @@ def _attend_shares(q, keys, values, items, offsets, layer, num_heads: int, confi
         "q_sm": plgpu.SMEM((M, H), q.dtype, transforms=swizzled(H)),
         "k_sm": ring(H),
         "v_sm": ring(padded_H),
-        "p_sm": plgpu.SMEM((M, TILE), q.dtype, transforms=swizzled(TILE)),
+        "p_sm": plgpu.SMEM((M, TILE), q.dtype, transforms=swizzled(H)),
         "out_sm": plgpu.SMEM((padded_H, M), jnp.float32),
         "stats_sm": plgpu.SMEM((2, M), jnp.float32),
         "k_full": plgpu.Barrier(num_arrivals=per_tile, num_barriers=stages),

@@ -1,0 +1,115 @@
+"""From kept clusters to the attention kernel's list of items, for Hopper.
+
+An item is `granule · 256 + mask`: 8 rows of the cache that TMA fetches together, and which of them are attended. A
+cluster is a run of rows that may begin and end inside granules. Clusters of one chunk that meet in a granule share its
+item, the mask telling all their rows; only at the border of two chunks is a granule listed twice, with disjoint masks.
+
+Positions in the list are prefix sums. A kernel has no scan and no scatter, but chunks are small: everything is
+comparisons of 64 list positions with 64 clusters in registers, then a copy of exactly the entries that count.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from squeezejax.pallas_kernels.mosaic import ALONG, DOWN, GRANULE, MATRIX, columns, compiler_params, load, rows
+
+CHUNK = 64  # clusters of one CTA
+
+
+def pad_clusters(x):
+    """[… C] -> [… C']: a chunk of zeros before cluster 0, and zeros up to whole chunks after the last one."""
+    C = x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(CHUNK, -C % CHUNK)])
+
+
+def list_items(kept, starts, counts, chunk_items, num_rows: int):
+    """The items of every lane's kept clusters: i32[B K J], of which the first `sum(chunk_items)` of a lane count.
+
+    kept, counts i32[B K C'] and starts i32[K C'] padded by `pad_clusters`; chunk_items i32[B K chunks], items of each
+    chunk; num_rows R of a head. J = R / 8 + C' always suffices.
+    """
+    B, K, padded_C = kept.shape
+    chunks = chunk_items.shape[2]
+    U = B * K
+    capacity = num_rows // GRANULE + padded_C
+    padded_chunks = -(-chunks // CHUNK) * CHUNK
+    totals = jnp.pad(chunk_items.reshape(U, chunks), ((0, 0), (0, padded_chunks - chunks)))
+    shape = (CHUNK, CHUNK)  # list positions or clusters down, clusters along
+
+    def body(kept_gm, starts_gm, counts_gm, totals_gm, items_gm, *, items_sm):
+        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
+        head = lax.rem(lane, jnp.int32(K))
+        here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
+        start_ref, count_ref, kept_ref = starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here]
+        total = totals_gm[lane, chunk]
+
+        def before(block, base):
+            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=DOWN) + block * CHUNK
+            found = load(totals_gm.at[lane, pl.ds(block * CHUNK, CHUNK)], DOWN)
+            return base + jnp.sum(jnp.where(index < chunk, found, 0))
+
+        @pl.when(total > 0)
+        def _():
+            base = lax.fori_loop(0, padded_chunks // CHUNK, before, jnp.int32(0))
+            items_down, _ = count_items(start_ref, count_ref, kept_ref, load(kept_ref, DOWN))
+            items_along, granule = count_items(start_ref, count_ref, kept_ref, load(kept_ref, ALONG), along=True)
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+            position = columns(jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0), shape)
+            items_of, granule = columns(items_along, shape), columns(granule, shape)
+            start = columns(load(start_ref, ALONG), shape)
+            length = columns(load(count_ref, ALONG) * load(kept_ref, ALONG), shape)
+
+            def write(block, _):
+                slot = row + block * CHUNK
+                owned = jnp.logical_and(slot >= position, slot < position + items_of)
+                of_slot = jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1)
+                first = rows(of_slot * GRANULE, shape)
+                low = jnp.clip(start - first, 0, GRANULE)
+                high = jnp.clip(start + length - first, 0, GRANULE)
+                mask = jnp.sum(lax.shift_left(1 + 0 * high, high) - lax.shift_left(1 + 0 * low, low), axis=1)
+                items_sm[...] = of_slot * 256 + mask
+
+                def copy(i, _):
+                    items_gm[lane, base + block * CHUNK + i] = items_sm[i]
+
+                lax.fori_loop(0, jnp.minimum(total - block * CHUNK, CHUNK), copy, None)
+
+            lax.fori_loop(0, lax.div(total + (CHUNK - 1), jnp.int32(CHUNK)), write, None)
+
+    flat = lambda x: x.reshape(U, padded_C)
+    items = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((U, capacity), jnp.int32),
+        scratch_types={"items_sm": plgpu.SMEM((CHUNK,), jnp.int32)},
+        grid=(chunks, U),
+        grid_names=("chunk", "lane"),
+        compiler_params=compiler_params(),
+        kernel_name="list_items",
+    )(flat(kept), starts, flat(counts), totals)
+    return items.reshape(B, K, capacity)
+
+
+def count_items(start_ref, count_ref, kept_ref, kept, along: bool = False):
+    """In a kernel: how many items each cluster of a chunk adds, and the granule of its first one, both i32[CHUNK].
+
+    Two layouts of the same numbers: down the rows of a matrix, or along its columns; `kept` comes in that layout. A
+    kept cluster adds the granules that it touches, but for the first if an earlier kept one ends there.
+    """
+    own, other = (ALONG, DOWN) if along else (DOWN, ALONG)
+    spread_own, spread_other = (columns, rows) if along else (rows, columns)
+    shape = (CHUNK, CHUNK)
+    start, count = load(start_ref, own), load(count_ref, own)
+    other_start, other_count = load(start_ref, other), load(count_ref, other)
+    other_kept = load(kept_ref, other)
+    first = lax.shift_right_logical(start, 3)
+    last = lax.shift_right_logical(start + jnp.maximum(count, 1) - 1, 3)
+    other_last = lax.shift_right_logical(other_start + jnp.maximum(other_count, 1) - 1, 3)
+    earlier = spread_other(other_start, shape) < spread_own(start, shape)
+    meets = spread_other(other_last, shape) == spread_own(first, shape)
+    meets = jnp.logical_and(jnp.logical_and(earlier, meets), spread_other(other_kept, shape) > 0)
+    shared = jnp.max(jnp.where(meets, 1, 0), axis=0 if along else 1)
+    return kept * (last - first + 1 - shared), first + shared
