@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeezejax.pallas_kernels.mosaic import ALONG, DOWN, MATRIX, columns, compiler_params, full, load, rows
-from squeezejax.pallas_kernels.work_list import CHUNK, count_items
+from squeezejax.pallas_kernels.work_list import CHUNK, Runs, count_items, turn
 
 MASKED = -1e30
 
@@ -131,7 +131,7 @@ def _mark_chunks(dots, stats, starts, counts, log_T, G: int, C: int):
     num_heads = starts.shape[0]
     blocks = stats.shape[2] // CHUNK
 
-    def body(dots_gm, stats_gm, starts_gm, counts_gm, log_T_gm, kept_gm, items_gm, keys_gm, *, kept_sm):
+    def body(dots_gm, stats_gm, starts_gm, counts_gm, log_T_gm, kept_gm, items_gm, keys_gm, *, turn_sm):
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         head = lax.rem(lane, jnp.int32(num_heads))
         shape = (CHUNK, M)
@@ -144,26 +144,27 @@ def _mark_chunks(dots, stats, starts, counts, log_T, G: int, C: int):
             return jnp.where(row + block * CHUNK < chunks, found, otherwise)
 
         def highest(block, top):
-            return jnp.maximum(top, jnp.max(read_stats(0, block, MASKED), axis=0))
+            return jnp.maximum(top, plgpu.layout_cast(jnp.max(read_stats(0, block, MASKED), axis=0), ALONG))
 
         top = lax.fori_loop(0, blocks, highest, full((M,), MASKED, ALONG))
 
         def add(block, total):
             weight = jnp.exp(read_stats(0, block, MASKED) - columns(top, shape))
-            return total + jnp.sum(weight * read_stats(1, block, 0.0), axis=0)
+            return total + plgpu.layout_cast(jnp.sum(weight * read_stats(1, block, 0.0), axis=0), ALONG)
 
         total = lax.fori_loop(0, blocks, add, full((M,), 0.0, ALONG))
         log_total = jnp.log(jnp.maximum(total, 1.0))  # ≥ 1 wherever a cluster is alive: its maximum adds n ≥ 1
         here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
         scores = (load(dots_gm.at[lane, here], MATRIX) - columns(top, shape)) - columns(log_total, shape)
         scores = jnp.where(column < G, scores, MASKED)
-        best = jnp.max(scores, axis=1)
-        mean = jnp.sum(jnp.where(column < G, jnp.exp(scores - rows(best, shape)), 0.0), axis=1) / G
+        best = plgpu.layout_cast(jnp.max(scores, axis=1), DOWN)
+        shares = jnp.where(column < G, jnp.exp(scores - rows(best, shape)), 0.0)
+        mean = plgpu.layout_cast(jnp.sum(shares, axis=1), DOWN) / G
         count = load(counts_gm.at[lane, here], DOWN)
         kept = jnp.where(jnp.logical_and(best + jnp.log(mean) > log_T_gm[0], count > 0), 1, 0)
-        kept_sm[...] = kept
         kept_gm[lane, here] = kept
-        items, _ = count_items(starts_gm.at[head, here], counts_gm.at[lane, here], kept_sm, kept)
+        clusters = Runs(load(starts_gm.at[head, here], DOWN), count, kept)
+        items, _ = count_items(clusters, turn(clusters, turn_sm), result=DOWN)
         items_gm[lane, chunk] = jnp.sum(items)
         keys_gm[lane, chunk] = jnp.sum(kept * count)
 
@@ -174,7 +175,7 @@ def _mark_chunks(dots, stats, starts, counts, log_T, G: int, C: int):
             jax.ShapeDtypeStruct((U, chunks), jnp.int32),
             jax.ShapeDtypeStruct((U, chunks), jnp.int32),
         ],
-        scratch_types={"kept_sm": plgpu.SMEM((CHUNK,), jnp.int32)},
+        scratch_types={"turn_sm": plgpu.SMEM((3, CHUNK), jnp.int32)},
         grid=(chunks, U),
         grid_names=("chunk", "lane"),
         compiler_params=compiler_params(approx_math=False),

@@ -58,12 +58,12 @@ def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerPar
 
 def columns(vector, shape):
     """A vector along the columns, repeated down the rows of `shape`."""
-    return jax.lax.broadcast_in_dim(vector, shape, [1])
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(vector, shape, [1]), MATRIX)
 
 
 def rows(vector, shape):
     """A vector down the rows, repeated along the columns of `shape`."""
-    return jax.lax.broadcast_in_dim(vector, shape, [0])
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(vector, shape, [0]), MATRIX)
 
 
 def full(shape, value, layout):

@@ -8,6 +8,8 @@ Positions in the list are prefix sums. A kernel has no scan and no scatter, but 
 comparisons of 64 list positions with 64 clusters in registers, then a copy of exactly the entries that count.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -39,11 +41,10 @@ def list_items(kept, starts, counts, chunk_items, num_rows: int):
     totals = jnp.pad(chunk_items.reshape(U, chunks), ((0, 0), (0, padded_chunks - chunks)))
     shape = (CHUNK, CHUNK)  # list positions or clusters down, clusters along
 
-    def body(kept_gm, starts_gm, counts_gm, totals_gm, items_gm, *, items_sm):
+    def body(kept_gm, starts_gm, counts_gm, totals_gm, items_gm, *, items_sm, turn_sm):
         chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
         head = lax.rem(lane, jnp.int32(K))
         here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
-        start_ref, count_ref, kept_ref = starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here]
         total = totals_gm[lane, chunk]
 
         def before(block, base):
@@ -54,24 +55,27 @@ def list_items(kept, starts, counts, chunk_items, num_rows: int):
         @pl.when(total > 0)
         def _():
             base = lax.fori_loop(0, padded_chunks // CHUNK, before, jnp.int32(0))
-            items_down, _ = count_items(start_ref, count_ref, kept_ref, load(kept_ref, DOWN))
-            items_along, granule = count_items(start_ref, count_ref, kept_ref, load(kept_ref, ALONG), along=True)
+            down = Runs(*(load(ref, DOWN) for ref in (starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here])))
+            along = turn(down, turn_sm)
+            items_down, _ = count_items(down, along, result=DOWN)
+            items_along, granule = count_items(down, along, result=ALONG)
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
             column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-            position = columns(jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0), shape)
-            items_of, granule = columns(items_along, shape), columns(granule, shape)
-            start = columns(load(start_ref, ALONG), shape)
-            length = columns(load(count_ref, ALONG) * load(kept_ref, ALONG), shape)
+            position = plgpu.layout_cast(jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0), ALONG)
+            position, items_of, granule = (columns(x, shape) for x in (position, items_along, granule))
+            start, end = columns(along.start, shape), columns(along.start + along.count * along.kept, shape)
+
+            one = plgpu.layout_cast(jnp.full(shape, 1, jnp.int32), MATRIX)
 
             def write(block, _):
                 slot = row + block * CHUNK
                 owned = jnp.logical_and(slot >= position, slot < position + items_of)
-                of_slot = jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1)
+                of_slot = plgpu.layout_cast(jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1), DOWN)
                 first = rows(of_slot * GRANULE, shape)
                 low = jnp.clip(start - first, 0, GRANULE)
-                high = jnp.clip(start + length - first, 0, GRANULE)
-                mask = jnp.sum(lax.shift_left(1 + 0 * high, high) - lax.shift_left(1 + 0 * low, low), axis=1)
-                items_sm[...] = of_slot * 256 + mask
+                high = jnp.clip(end - first, 0, GRANULE)
+                bits = lax.shift_left(one, high) - lax.shift_left(one, low)
+                items_sm[...] = of_slot * 256 + plgpu.layout_cast(jnp.sum(bits, axis=1), DOWN)
 
                 def copy(i, _):
                     items_gm[lane, base + block * CHUNK + i] = items_sm[i]
@@ -84,7 +88,10 @@ def list_items(kept, starts, counts, chunk_items, num_rows: int):
     items = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((U, capacity), jnp.int32),
-        scratch_types={"items_sm": plgpu.SMEM((CHUNK,), jnp.int32)},
+        scratch_types={
+            "items_sm": plgpu.SMEM((CHUNK,), jnp.int32),
+            "turn_sm": plgpu.SMEM((3, CHUNK), jnp.int32),
+        },
         grid=(chunks, U),
         grid_names=("chunk", "lane"),
         compiler_params=compiler_params(),
@@ -93,23 +100,41 @@ def list_items(kept, starts, counts, chunk_items, num_rows: int):
     return items.reshape(B, K, capacity)
 
 
-def count_items(start_ref, count_ref, kept_ref, kept, along: bool = False):
-    """In a kernel: how many items each cluster of a chunk adds, and the granule of its first one, both i32[CHUNK].
+class Runs(NamedTuple):
+    """In a kernel: the clusters of a chunk, each i32[CHUNK] in one layout."""
 
-    Two layouts of the same numbers: down the rows of a matrix, or along its columns; `kept` comes in that layout. A
-    kept cluster adds the granules that it touches, but for the first if an earlier kept one ends there.
+    start: jax.Array
+    count: jax.Array
+    kept: jax.Array  # 0 or 1
+
+
+def turn(runs: Runs, scratch) -> Runs:
+    """In a kernel: the same clusters along a matrix's columns instead of down its rows; scratch i32[3 CHUNK] in SMEM.
+
+    Reading GPU memory in both layouts instead fails to compile: the two reads become one.
     """
-    own, other = (ALONG, DOWN) if along else (DOWN, ALONG)
-    spread_own, spread_other = (columns, rows) if along else (rows, columns)
+    for i, vector in enumerate(runs):
+        scratch[i] = vector
+    return Runs(*(load(scratch.at[i], ALONG) for i in range(len(runs))))
+
+
+def count_items(down: Runs, along: Runs, *, result):
+    """In a kernel: how many items each cluster adds, and the granule of its first one, both i32[CHUNK].
+
+    `result` is the layout wanted, DOWN or ALONG. A kept cluster adds the granules that it touches, but for the first
+    if an earlier kept one ends there.
+    """
     shape = (CHUNK, CHUNK)
-    start, count = load(start_ref, own), load(count_ref, own)
-    other_start, other_count = load(start_ref, other), load(count_ref, other)
-    other_kept = load(kept_ref, other)
-    first = lax.shift_right_logical(start, 3)
-    last = lax.shift_right_logical(start + jnp.maximum(count, 1) - 1, 3)
-    other_last = lax.shift_right_logical(other_start + jnp.maximum(other_count, 1) - 1, 3)
-    earlier = spread_other(other_start, shape) < spread_own(start, shape)
-    meets = spread_other(other_last, shape) == spread_own(first, shape)
-    meets = jnp.logical_and(jnp.logical_and(earlier, meets), spread_other(other_kept, shape) > 0)
-    shared = jnp.max(jnp.where(meets, 1, 0), axis=0 if along else 1)
-    return kept * (last - first + 1 - shared), first + shared
+    if result is DOWN:
+        own, other, spread, spread_other, axis = down, along, rows, columns, 1
+    else:
+        own, other, spread, spread_other, axis = along, down, columns, rows, 0
+    granule = lambda row: lax.shift_right_logical(row, 3)
+    first, last = granule(own.start), granule(own.start + jnp.maximum(own.count, 1) - 1)
+    other_last = granule(other.start + jnp.maximum(other.count, 1) - 1)
+    # Clusters of no key have no last granule; they are never kept.
+    earlier = spread_other(other.start, shape) < spread(own.start, shape)
+    meets = spread_other(other_last, shape) == spread(first, shape)
+    meeting = jnp.where(jnp.logical_and(earlier, meets), spread_other(other.kept, shape), 0)
+    shared = jnp.minimum(plgpu.layout_cast(jnp.sum(meeting, axis=axis), result), 1)
+    return own.kept * (last - first + 1 - shared), first + shared
