@@ -18,6 +18,7 @@ _SWAP_SHARE = 8  # at most C / 8 centres move in one swap round
 _SWAP_GAIN = 2.0  # a move must promise this many times what it costs: gains of several moves overlap
 _CHUNK_SCORES = 1 << 20  # scores held at once, so that they stay in cache
 _DRAW_BLOCK = 128
+_SCORE = jnp.bfloat16
 
 
 @partial(
@@ -50,6 +51,7 @@ class _Fit(NamedTuple):
     labels: jax.Array  # i32[S]
     best: jax.Array  # f32[S], cosine to the nearest centre
     second: jax.Array  # f32[S], cosine to the next one
+    fallback: jax.Array  # i32[S], which one that is
 
 
 class _Lloyd(NamedTuple):
@@ -141,7 +143,7 @@ def _rows(raw, weights, num_clusters) -> _Rows:
     norm = jnp.linalg.norm(raw / scale[:, None], axis=1) * scale
     unit = raw / jnp.maximum(norm, 1e-12)[:, None]
     size = min(S, max(64, min(512, _CHUNK_SCORES // num_clusters)))
-    chunks = jnp.pad(unit.astype(jnp.bfloat16), ((0, -S % size), (0, 0))).reshape(-1, size, H)
+    chunks = jnp.pad(unit.astype(_SCORE), ((0, -S % size), (0, 0))).reshape(-1, size, H)
     return _Rows(unit, chunks, jnp.where(norm > 1e-12, weights, 0.0))
 
 
@@ -186,7 +188,7 @@ def _assign(rows: _Rows, centres) -> _Fit:
     C = centres.shape[0]
     bits = max(1, math.ceil(math.log2(C)))
     scale = 2.0 ** (30 - bits)
-    centres = centres.astype(jnp.bfloat16)
+    centres = centres.astype(_SCORE)
 
     def one(chunk):
         scores = jnp.einsum("CH,SH->CS", centres, chunk, preferred_element_type=jnp.float32)
@@ -198,8 +200,11 @@ def _assign(rows: _Rows, centres) -> _Fit:
         return best, jnp.max(jnp.where(packed == best[None], jnp.iinfo(jnp.int32).min, packed), axis=0)
 
     best, second = (a.reshape(-1)[: rows.unit.shape[0]] for a in jax.lax.map(one, rows.chunks))
-    labels = C - 1 - (best & ((1 << bits) - 1))
-    return _Fit(labels, (best >> bits).astype(jnp.float32) / scale, (second >> bits).astype(jnp.float32) / scale)
+    (best, labels), (second, fallback) = (
+        ((packed >> bits).astype(jnp.float32) / scale, C - 1 - (packed & ((1 << bits) - 1)))
+        for packed in (best, second)
+    )
+    return _Fit(labels, best, second, fallback)
 
 
 def _directions(rows: _Rows, labels, num_clusters):
@@ -228,9 +233,23 @@ def _swap_round(rows: _Rows, centres, key):
     gain = jax.ops.segment_sum(jnp.maximum(potential - _potential(rows, offer.best), 0.0), offer.labels, moves)
     cost = jax.ops.segment_sum(_potential(rows, fit.second) - potential, fit.labels, C)
     gain, best = jax.lax.top_k(gain, moves)
-    loss, cheapest = jax.lax.top_k(-cost, moves)
+    loss, cheapest = jax.lax.top_k(-_alone(fit, cost, moves), moves)
     accepted = (gain > 0) & (gain >= -_SWAP_GAIN * loss)
     return centres.at[jnp.where(accepted, cheapest, C)].set(drawn[best], mode="drop")
+
+
+def _alone(fit: _Fit, cost, moves):
+    """cost f32[C] among the `moves` cheapest, infinite where a cheaper one's rows fall back on this one or vice versa.
+
+    Two centres that share a tight cluster are both cheap to remove, but not both at once.
+    """
+    C = cost.shape[0]
+    order = jnp.argsort(cost)
+    rank = jnp.zeros(C, jnp.int32).at[order].set(jnp.minimum(jnp.arange(C, dtype=jnp.int32), moves))
+    own, other = rank[fit.labels], rank[fit.fallback]
+    later = jnp.where(own > other, fit.labels, fit.fallback)
+    barred = (rank == moves).at[jnp.where(jnp.maximum(own, other) < moves, later, C)].set(True, mode="drop")
+    return jnp.where(barred, jnp.inf, cost)
 
 
 def _lloyd(rows: _Rows, centres, steps, tolerance):
