@@ -149,11 +149,11 @@ def _logits(params: Llama, tokens):
 def logits(params: Llama, tokens) -> jax.Array:
     """Next-token logits f32[B T V] of tokens i32[B T] by a plain dense causal forward pass, with no cache.
 
-    Raises ValueError for tokens that are not a matrix of ids.
+    Raises ValueError for tokens that are not a matrix of ids, or are none at all.
     """
     tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [B T], got {tokens.dtype}{list(tokens.shape)}")
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B T], at least one, got {tokens.dtype}{list(tokens.shape)}")
     return _logits(params, tokens)
 
 

@@ -358,7 +358,7 @@ class TestRefusals:
             load(copy)
 
     @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-    @pytest.mark.parametrize("content", [b"", b'{"model_type": "lla', b"[1]", b"\xff\xfe{}"])
+    @pytest.mark.parametrize("content", [b"", b'{"model_type": "lla', b"[1]", b"\xff\xfe{}", b"[" * 100_000])
     def test_damaged_json(self, name, content, copy):
         (copy / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is damaged"):

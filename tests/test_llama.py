@@ -198,7 +198,10 @@ def test_dtypes(params, dtype):
     np.testing.assert_allclose(out, logits(params, TOKENS), atol=1e-6 if dtype == jnp.float32 else 0.1)
 
 
-@pytest.mark.parametrize("tokens", [np.arange(4), np.zeros((1, 2, 3), np.int32), np.zeros((1, 4), np.float32)])
+@pytest.mark.parametrize(
+    "tokens",
+    [np.arange(4), np.zeros((1, 2, 3), np.int32), np.zeros((1, 4), np.float32), np.zeros((1, 0), np.int32)],
+)
 def test_logits_refuses_other_tokens(params, tokens):
     with pytest.raises(ValueError, match="integers \\[B T\\]"):
         logits(params, tokens)
