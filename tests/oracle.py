@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from squeezejax.models import Llama, LlamaConfig
 
 import squeezejax
-from squeezejax.models import Llama, LlamaConfig
 
 TIE = 1e-9  # log scores this close are one score, whatever order they were summed in; strictly above means beyond it
 LONG = np.longdouble  # its exponent reaches e±11356: scores at logits of several hundred do not underflow
