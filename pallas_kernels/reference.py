@@ -5,6 +5,7 @@ layers and heads lie in one flat cache [R H]; a lane names its kept rows by a li
 the chunk at hand.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -36,24 +37,43 @@ def log_mean_scores(dots, counts, alive, valid):
     return jnp.where(alive & (num_rows > 0), log_mean, -jnp.inf)
 
 
-def kept_rows(kept, starts, counts, num_rows: int):
-    """The rows of the kept clusters as one list: (rows i32[num_rows], how many of them count i32[]).
+class Runs(NamedTuple):
+    """The rows of one lane's kept clusters: runs of consecutive rows, listed one after another."""
 
-    kept bool[C], starts, counts i32[C]; clusters are disjoint runs, in any order. Entries past the count are 0.
-    """
+    starts: jax.Array  # i32[C], first row of each run in the list, the list's unused end being anything
+    offsets: jax.Array  # i32[C], position in the list of rows at which the run begins; unused: past every row
+    num_rows: jax.Array  # i32[], rows in all
+
+
+def kept_runs(kept, starts, counts) -> Runs:
+    """Compacts the kept clusters bool[C], which are disjoint runs given by starts, counts i32[C] in any order."""
     C = kept.shape[0]
     lengths = jnp.where(kept, counts, 0)
     live = lengths > 0
-    offsets = jnp.cumsum(lengths) - lengths
-    # List position j of a cluster holds row j + shift; the list is a running sum of the changes of shift.
     slot = jnp.where(live, jnp.cumsum(live) - 1, C)
-    shifts = jnp.zeros(C, jnp.int32).at[slot].set(starts - offsets, mode="drop")
-    changes = jnp.diff(shifts, prepend=0)
-    at = jnp.where(live, offsets, num_rows)
-    jumps = jnp.zeros(num_rows, jnp.int32).at[at].set(changes[jnp.minimum(slot, C - 1)], mode="drop")
-    total = jnp.sum(lengths)
-    position = jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.where(position < total, jnp.cumsum(jumps) + position, 0), total
+    offsets = jnp.cumsum(lengths) - lengths
+    return Runs(
+        starts=jnp.zeros(C, jnp.int32).at[slot].set(starts, mode="drop"),
+        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max).at[slot].set(offsets, mode="drop"),
+        num_rows=jnp.sum(lengths),
+    )
+
+
+def _expand(runs: Runs, run, first, size: int):
+    """Rows at positions [first, first + size) of a lane's list: (i32[size], the run that holds the position after).
+
+    `run` is the run that holds position `first`. Positions past the list's end give rows that mean nothing.
+    """
+    # A run has at least one row, so no more than size + 1 of them matter.
+    window = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, size + 1), mode="edge"), run, size + 1)
+    offsets = window(runs.offsets)
+    # Position j of a run holds row j + shift, so rows are positions plus a running sum of the changes of shift.
+    shifts = window(runs.starts) - offsets
+    live = offsets < first + size
+    at = jnp.where(live, jnp.maximum(offsets - first, 0), size)
+    jumps = jnp.zeros(size, jnp.int32).at[at].add(jnp.diff(shifts, prepend=0), mode="drop")
+    rows = first + jnp.arange(size, dtype=jnp.int32) + jnp.cumsum(jumps)
+    return rows, run + jnp.sum(offsets[1:] <= first + size)
 
 
 class _Softmax(NamedTuple):
@@ -85,26 +105,36 @@ def _softmax_end(state: _Softmax):
     return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
 
 
-def attend_rows(q, keys, values, rows, num_rows, base, *, chunk: int = 256):
-    """Exact attention of each lane over its listed rows -> (out f32[U M H], lse f32[U M]).
+def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 256, block: int = 4096):
+    """Exact attention of each lane over the rows of its runs -> (out f32[U M H], lse f32[U M]).
 
-    q [U M H]; keys, values [R H], all rows of all layers and heads; rows i32[U J] lists each lane's rows, the first
-    num_rows i32[U] of which count, relative to base i32[U]. The loop ends with the longest lane: its trip count is
-    known on the device only, and no row is ever dropped.
+    q [U M H]; keys, values [L·K R H]; runs, every field with a leading axis U; head i32[U], the lane's index in L·K.
+    The loops end with the longest list, known on the device only, and no row is ever dropped. Lists become row numbers
+    a block at a time, so that no work grows with R.
     """
     U, M, H = q.shape
-    chunk = min(chunk, rows.shape[1])
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % chunk)))
+    chunk = min(chunk, keys.shape[1])
+    block = -(-min(block, keys.shape[1]) // chunk) * chunk
+    most = jnp.max(runs.num_rows)
 
-    def step(i, state):
-        first = i * chunk
-        index = jax.lax.dynamic_slice_in_dim(rows, first, chunk, axis=1) + base[:, None]
-        take = lambda cache: cache.at[index].get(mode="promise_in_bounds").astype(q.dtype)
-        mask = (first + jnp.arange(chunk))[None, :] < num_rows[:, None]
-        return _softmax_step(state, q, take(keys), take(values), mask)
+    def chunk_step(i, carry):
+        rows, first, state = carry
+        rows_here = jax.lax.dynamic_slice_in_dim(rows, i * chunk, chunk, axis=1)
+        mask = (first + i * chunk + jnp.arange(chunk))[None, :] < runs.num_rows[:, None]
+        # Unused places read row 0: the gather promises to stay in bounds.
+        index = jnp.where(mask, rows_here, 0)
+        take = lambda cache: cache.at[head[:, None], index].get(mode="promise_in_bounds").astype(q.dtype)
+        return rows, first, _softmax_step(state, q, take(keys), take(values), mask)
 
-    steps = (jnp.max(num_rows) + chunk - 1) // chunk
-    return _softmax_end(jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H)))
+    def block_step(i, carry):
+        run, state = carry
+        first = i * block
+        rows, run = jax.vmap(functools.partial(_expand, size=block), in_axes=(0, 0, None))(runs, run, first)
+        steps = (jnp.minimum(most - first, block) + chunk - 1) // chunk
+        return run, jax.lax.fori_loop(0, steps, chunk_step, (rows, first, state))[2]
+
+    start = (jnp.zeros(U, jnp.int32), _softmax_start(U, M, H))
+    return _softmax_end(jax.lax.fori_loop(0, (most + block - 1) // block, block_step, start)[1])
 
 
 def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):

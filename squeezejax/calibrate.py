@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.scores import centroid_dots, descend, layer_level
+from squeezejax.scores import layer_level, score_heads
 from squeezejax.tree import Tree
 
 GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
@@ -97,13 +97,8 @@ def _layer_scores(tree: Tree, queries, layer, above):
     K = tree.num_kv_heads
     q = queries.reshape(K, -1, *queries.shape[1:]).transpose(2, 0, 1, 3)  # [W K G H]
     levels = [layer_level(level, layer) for level in tree.levels[: above.shape[1] + 1]]
-    dots = [centroid_dots(level, q) for level in levels]
-    valid = jnp.ones(q.shape[0] * q.shape[2], bool)
-
-    def at(log_T):
-        return descend(levels, dots, valid, jnp.append(log_T, jnp.inf))[0]
-
-    return jax.lax.map(at, above)
+    valid = jnp.ones(q.shape[0], bool)
+    return jax.lax.map(lambda log_T: score_heads(levels, q, valid, jnp.append(log_T, jnp.inf))[0], above)
 
 
 def _sorted_scores(log_A, counts):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.calibrate import log_thresholds as log_thresholds_at
-from squeezejax.scores import centroid_dots, descend, layer_level
+from squeezejax.scores import layer_level, score_heads
 from squeezejax.tree import Tree
 
 
@@ -55,9 +55,7 @@ def select_groups(tree: Tree, q, valid, layer, log_T):
     """bool[K C] kept finest clusters for q [T K G H], of which valid bool[T] take part, at log_T f32[levels]."""
     with jax.named_scope("select"):
         levels = [layer_level(level, layer) for level in tree.levels]
-        dots = [centroid_dots(level, q) for level in levels]
-        rows = jnp.repeat(valid, q.shape[2])
-        return descend(levels, dots, rows, log_T)[1]
+        return score_heads(levels, q, valid, log_T)[1]
 
 
 def resolve_thresholds(tree: Tree, sparsity, log_thresholds) -> jax.Array:
