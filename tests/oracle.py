@@ -82,7 +82,8 @@ def thresholds(keys, labels, queries, sparsity, margin):
                     if level < depth:
                         alive = alive & (score > log_T[level] + TIE)
                 pool.append(score)
-        log_T.append(float(np.log(np.quantile(np.exp(np.concatenate(pool)), LONG(1 - wanted)))))
+        T = np.quantile(np.exp(np.concatenate(pool)), LONG(1 - wanted))
+        log_T.append(float(np.log(T)) if T > 0 else -np.inf)  # 0 where a level above cut more than this one has to
     return np.array(log_T)
 
 
