@@ -59,21 +59,17 @@ def kept_runs(kept, starts, counts) -> Runs:
     )
 
 
-def _expand(runs: Runs, run, first, size: int):
-    """Rows at positions [first, first + size) of a lane's list: (i32[size], the run that holds the position after).
-
-    `run` is the run that holds position `first`. Positions past the list's end give rows that mean nothing.
-    """
-    # A run has at least one row, so no more than size + 1 of them matter.
-    window = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, size + 1), mode="edge"), run, size + 1)
+def _expand(runs: Runs, first, size: int):
+    """The rows at positions [first, first + size) of one lane's list, i32[size]; past its end they mean nothing."""
+    run = jnp.searchsorted(runs.offsets, first, side="right") - 1
+    # A run has at least one row, so no more than `size` of them matter.
+    window = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, size), mode="edge"), run, size)
     offsets = window(runs.offsets)
     # Position j of a run holds row j + shift, so rows are positions plus a running sum of the changes of shift.
     shifts = window(runs.starts) - offsets
-    live = offsets < first + size
-    at = jnp.where(live, jnp.maximum(offsets - first, 0), size)
+    at = jnp.where(offsets < first + size, jnp.maximum(offsets - first, 0), size)
     jumps = jnp.zeros(size, jnp.int32).at[at].add(jnp.diff(shifts, prepend=0), mode="drop")
-    rows = first + jnp.arange(size, dtype=jnp.int32) + jnp.cumsum(jumps)
-    return rows, run + jnp.sum(offsets[1:] <= first + size)
+    return first + jnp.arange(size, dtype=jnp.int32) + jnp.cumsum(jumps)
 
 
 class _Softmax(NamedTuple):
@@ -99,42 +95,60 @@ def _softmax_step(state: _Softmax, q, k, v, mask) -> _Softmax:
     return _Softmax(top, state.total * keep + jnp.sum(weights, axis=-1), state.out * keep[:, :, None] + out)
 
 
+def _softmax_add(state: _Softmax, part: _Softmax, lane) -> _Softmax:
+    """Adds partial softmaxes, each over some keys of lane[i], to those of the lanes."""
+    member = lane[None, :] == jnp.arange(lane.shape[0])[:, None]  # [lane part]
+    tops = jnp.where(member[:, :, None], part.top[None], MASKED)
+    top = jnp.maximum(state.top, jnp.max(tops, axis=1))
+    keep = jnp.exp(state.top - top)
+    # A sum over one-hot weights, not a scatter: its order is fixed, so results repeat bit for bit on every device.
+    weights = jnp.where(member[:, :, None], jnp.exp(tops - top[:, None]), 0.0)
+    total = state.total * keep + jnp.einsum("UPM,PM->UM", weights, part.total)
+    out = state.out * keep[:, :, None] + jnp.einsum("UPM,PMH->UMH", weights, part.out)
+    return _Softmax(top, total, out)
+
+
 def _softmax_end(state: _Softmax):
     """(out f32[U M H], lse f32[U M]); a lane without keys gives 0 and MASKED."""
     safe = jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)
     return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
 
 
-def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 256, block: int = 4096):
+def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 256, block: int = 2048):
     """Exact attention of each lane over the rows of its runs -> (out f32[U M H], lse f32[U M]).
 
     q [U M H]; keys, values [L·K R H]; runs, every field with a leading axis U; head i32[U], the lane's index in L·K.
-    The loops end with the longest list, known on the device only, and no row is ever dropped. Lists become row numbers
-    a block at a time, so that no work grows with R.
+    Lists differ much in length, so they are cut into blocks, and U blocks at a time are worked on, whichever lanes
+    they belong to. Loops end where the lists do, known on the device only: no row is ever dropped, and no work grows
+    with R.
     """
     U, M, H = q.shape
     chunk = min(chunk, keys.shape[1])
     block = -(-min(block, keys.shape[1]) // chunk) * chunk
-    most = jnp.max(runs.num_rows)
+    blocks = (runs.num_rows + block - 1) // block
+    ends = jnp.cumsum(blocks)
 
-    def chunk_step(i, carry):
-        rows, first, state = carry
-        rows_here = jax.lax.dynamic_slice_in_dim(rows, i * chunk, chunk, axis=1)
-        mask = (first + i * chunk + jnp.arange(chunk))[None, :] < runs.num_rows[:, None]
-        # Unused places read row 0: the gather promises to stay in bounds.
-        index = jnp.where(mask, rows_here, 0)
-        take = lambda cache: cache.at[head[:, None], index].get(mode="promise_in_bounds").astype(q.dtype)
-        return rows, first, _softmax_step(state, q, take(keys), take(values), mask)
+    def attend_blocks(i, state):
+        number = i * U + jnp.arange(U)  # of each block, counted through all lanes
+        lane = jnp.minimum(jnp.sum(ends[None, :] <= number[:, None], axis=1), U - 1)
+        first = (number - (ends - blocks)[lane]) * block
+        size = jnp.clip(runs.num_rows[lane] - first, 0, block)  # 0 past the last block
+        first = jnp.where(size > 0, first, 0)
+        rows = jax.vmap(functools.partial(_expand, size=block))(jax.tree.map(lambda x: x[lane], runs), first)
+        rows = jnp.where(jnp.arange(block)[None, :] < size[:, None], rows, 0)  # the gather promises to stay in bounds
+        q_here, head_here = q[lane], head[lane][:, None]
 
-    def block_step(i, carry):
-        run, state = carry
-        first = i * block
-        rows, run = jax.vmap(functools.partial(_expand, size=block), in_axes=(0, 0, None))(runs, run, first)
-        steps = (jnp.minimum(most - first, block) + chunk - 1) // chunk
-        return run, jax.lax.fori_loop(0, steps, chunk_step, (rows, first, state))[2]
+        def step(j, part):
+            index = jax.lax.dynamic_slice_in_dim(rows, j * chunk, chunk, axis=1)
+            mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
+            take = lambda cache: cache.at[head_here, index].get(mode="promise_in_bounds").astype(q.dtype)
+            return _softmax_step(part, q_here, take(keys), take(values), mask)
 
-    start = (jnp.zeros(U, jnp.int32), _softmax_start(U, M, H))
-    return _softmax_end(jax.lax.fori_loop(0, (most + block - 1) // block, block_step, start)[1])
+        steps = (jnp.max(size) + chunk - 1) // chunk
+        part = jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H))
+        return _softmax_add(state, part, lane)
+
+    return _softmax_end(jax.lax.fori_loop(0, (ends[-1] + U - 1) // U, attend_blocks, _softmax_start(U, M, H)))
 
 
 def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):
