@@ -5,8 +5,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from squeezejax.models.embedded import text
 from tokenizers import Tokenizer
+
+from squeezejax.models.embedded import text
 
 # Seeds below belong to evaluation, tests and the demo; training draws only from here on.
 FIRST_TRAINING_SEED = 1_000_000
@@ -93,19 +94,22 @@ def recital(encoder: Encoder, rng: random.Random, shape: Shape):
     """A drill in place of a document: words without sense, or facts without a story, said again and again.
 
     Nearly every token after the first round has to be looked up, where a conversation has two such tokens a turn:
-    looking up is learnt several times sooner. Same values as `conversation`; no answers are flagged.
+    looking up is learnt several times sooner. Same values as `conversation`; what has to be looked up is flagged.
     """
     if rng.random() < 0.5:
         words = rng.choices(encoder.words, k=rng.randint(8, shape.length // 3))
         ids = words * (shape.length // len(words) + 1)
-        weights = [0.0] * len(words) + [2.0] * (len(ids) - len(words))
+        weights = [0.1] * len(words) + [2.0] * (len(ids) - len(words))
+        flags = [False] * (len(words) + 1) + [True] * (len(ids) - len(words) - 1)
     else:
         facts = text.make_facts(rng, rng.randint(2, 6))
-        ids, weights = [], []
+        ids, weights, flags, said = [], [], [], set()
         for fact in rng.choices(facts, k=shape.length // text.FACT_TOKENS):
             ids += encoder.ids(" " + fact.sentence)
+            flags += [False] * 6 + [fact in said, False]
+            said.add(fact)
             weights += [TEXT_WEIGHT] * 4 + [NAME_WEIGHT, TEXT_WEIGHT, ANSWER_WEIGHT, TEXT_WEIGHT]
-    return ids, weights, [False] * len(ids)
+    return ids, weights, flags
 
 
 def make_batch(encoder: Encoder, shape: Shape, index: int) -> Batch:
@@ -121,5 +125,5 @@ def make_batch(encoder: Encoder, shape: Shape, index: int) -> Batch:
         else:
             values = conversation(encoder, rng, shape, seed)
         for array, value in zip((tokens, weights, answers), values, strict=True):
-            array[row, : len(value)] = value[: shape.length]
+            array[row, : min(len(value), shape.length)] = value[: shape.length]
     return Batch(tokens, weights, answers)

@@ -4,8 +4,8 @@
 
 Documents come from held-out seeds. Every question is asked alone, right after the document; a reply counts where greedy
 decoding gives it to the last token, <eos> included. That is so exactly when every token of the right reply has the
-largest logit after the tokens before it, and so one forward pass per document judges all its questions: they lie side by
-side after the document, and see it and themselves, not one another.
+largest logit after the tokens before it, and so one forward pass per document judges all its questions: they lie side
+by side after the document, and see it and themselves, not one another.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from squeezejax.attention import partial_attention, split_heads
 from squeezejax.models import Llama
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
-
-from squeezejax.attention import partial_attention, split_heads
 
 HERE = Path(__file__).parent
 
@@ -53,7 +53,8 @@ def _predictions(params: Llama, tokens, document_length, branch, offsets, *, pre
         def one(start):
             row = start + jnp.arange(block)[:, None]
             own = jnp.take(branch, row, mode="clip")
-            seen = (rows <= row) & jnp.where(rows < prefix, rows < document_length, branch == own)
+            alike = jnp.where(rows[None, :] < prefix, rows[None, :] < document_length, branch[None, :] == own)
+            seen = (rows[None, :] <= row) & alike
             queries = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=1)
             return partial_attention(queries, k, v, seen[None])[0][0]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
+
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.models.embedded import tokenizer
 

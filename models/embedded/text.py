@@ -85,7 +85,8 @@ SLOTS = {
     "weather": _words("rain snow fog wind frost hail sunshine thunderstorms drizzle mist"),
     "time": _words("morning noon evening midnight dawn dusk breakfast supper"),
     "thing": _words(
-        """ladder barrel lamp cart boat table clock door roof fence wheel basket chair stove map book letter net saw drum"""
+        """ladder barrel lamp cart boat table clock door roof fence wheel basket chair stove map book letter net saw
+        drum"""
     ),
     "feeling": _words("pleased worried surprised tired hopeful grateful angry calm proud curious"),
     "manner": _words("slowly carefully quickly gladly quietly badly twice often together alone"),

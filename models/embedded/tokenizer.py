@@ -14,8 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from squeezejax.models.embedded import text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from squeezejax.models.embedded import text
 
 BOS, EOS = "<bos>", "<eos>"
 VOCAB_SIZE = 2048
