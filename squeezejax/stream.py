@@ -1,5 +1,6 @@
 """Answers token by token over one squeezed context: what `ask` does between reading ids and printing text."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -117,3 +118,7 @@ class Session:
             sparsity=self._options.sparsity,
         )
         self._ids = list(ids)
+
+    def rehearse(self, ids: list[int]):
+        """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
+        next(copy.copy(self).reply(ids))
