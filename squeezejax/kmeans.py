@@ -93,10 +93,10 @@ def kmeans(x, num_clusters, *, key, weights=None, max_iterations=7, swap_rounds=
 
 
 def _check(x, num_clusters, weights, max_iterations, swap_rounds):
-    if jnp.ndim(x) != 2 or getattr(x, "dtype", None) not in (jnp.float32, jnp.bfloat16):
+    shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", type(x))
+    if len(shape) != 2 or dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"kmeans takes float32 or bfloat16 rows [S H], not {getattr(x, 'dtype', type(x))} "
-            f"{list(jnp.shape(x))}; use jax.vmap for several heads."
+            f"kmeans takes float32 or bfloat16 rows [S H], not {dtype} {list(shape)}; use jax.vmap for several heads."
         )
     if not 1 <= num_clusters <= x.shape[0]:
         raise ValueError(f"kmeans needs 1 to {x.shape[0]} clusters for {x.shape[0]} rows, not {num_clusters}.")
