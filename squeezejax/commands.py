@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from squeezejax import chat, models, storage
@@ -18,7 +17,7 @@ from squeezejax.generate import dense_generate
 from squeezejax.info import readable_bytes
 from squeezejax.models.config import parse_config
 from squeezejax.squeeze import squeeze
-from squeezejax.stream import PADDING, Options, Session
+from squeezejax.stream import Options, Session, pad
 from squeezejax.tree import Tree
 
 EMBEDDED = "embedded"  # the name of the demo's model, in place of a directory
@@ -227,34 +226,31 @@ def _show(piece: str, first: bool) -> str:
 def _answer_densely(asking: _Asking, ids, number: int):
     """Prints a reply that read every key. It comes whole: the baseline has one program for a whole reply."""
     options = asking.options
-    padded = np.zeros((1, -(-len(ids) // PADDING) * PADDING), np.int32)
-    padded[0, : len(ids)] = ids
 
-    def run(params, tree, tokens, length, key):
-        return dense_generate(
-            params,
-            tree,
-            tokens,
-            lengths=length,
+    def run():
+        generation = dense_generate(
+            asking.params,
+            asking.tree,
+            pad(ids),
+            lengths=np.array([len(ids)]),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             stop_tokens=options.stop_tokens,
-            key=key,
+            key=jax.random.fold_in(jax.random.key(options.seed), number),
         )
+        return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
 
-    key = jax.random.fold_in(jax.random.key(options.seed), number)
-    inputs = (asking.params, asking.tree, jnp.asarray(padded), jnp.asarray([len(ids)], jnp.int32), key)
-    program = jax.jit(run).lower(*inputs).compile()  # so that the time below is not the compiler's
-    started = time.perf_counter()
-    generation = program(*inputs)
-    count = int(generation.lengths[0])
-    seconds = time.perf_counter() - started
-    print(chat.decode(asking.tokenizer, np.asarray(generation.tokens[0, :count])).strip())
     if asking.stats:
-        rate = f"{count / seconds:.1f} tokens/s, reading the question included"
-        print(f"[dense: {count} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
+        run()  # so that the time below is not the compiler's
+    started = time.perf_counter()
+    tokens = run()
+    seconds = time.perf_counter() - started
+    print(chat.decode(asking.tokenizer, tokens).strip())
+    if asking.stats:
+        rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
+        print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
 
 
 def _chat(asking: _Asking, given: list[str]):

@@ -16,7 +16,7 @@ from squeezejax.config import SqueezeConfig
 from squeezejax.generate import dense_generate, generate
 from squeezejax.models.embedded import text
 from squeezejax.squeeze import squeeze
-from squeezejax.stream import PADDING
+from squeezejax.stream import pad
 
 TOKENS = 4096  # a length at which the embedded model answers nearly everything right with dense attention
 MAX_NEW_TOKENS = 16  # a right reply has 9 tokens, its end included
@@ -51,7 +51,7 @@ def demo(arguments):
         storage.save(arguments.out, tree, {"model": EMBEDDED, "context": "squeezejax demo", **prompt.to_notes()})
     print(f"\nAnswers at sparsity {arguments.sparsity:g}, dense and squeezed in turn (compiling first):", flush=True)
     asked = [chat.question_ids(tokenizer, prompt, fact.question) for fact in facts]
-    ask = _answerer(params, tree, tokenizer, max(map(len, asked)))
+    ask = _answerer(params, tree, tokenizer)
     ways = (dense_generate, generate)
     for way in ways:
         ask(way, asked[0], facts[0])  # compiles, and is not timed
@@ -124,20 +124,17 @@ def _introduce(document, num_tokens: int, params):
     print(f'\n{len(document.facts)} facts are hidden in it, such as "{example.sentence}"\n', flush=True)
 
 
-def _answerer(params, tree, tokenizer, longest: int):
-    """ask(way, ids, fact) -> Answer, where way is `generate` or `dense_generate`; every question has one shape."""
-    room = -(-longest // PADDING) * PADDING
+def _answerer(params, tree, tokenizer):
+    """ask(way, ids, fact) -> Answer, where way is `generate` or `dense_generate`."""
     stop = chat.stop_tokens(tokenizer, params.config)
 
     def ask(way, ids: list[int], fact) -> Answer:
-        tokens = np.zeros((1, room), np.int32)
-        tokens[0, : len(ids)] = ids
         started = time.perf_counter()
         generation = jax.block_until_ready(
             way(
                 params,
                 tree,
-                tokens,
+                pad(ids),
                 lengths=np.array([len(ids)]),
                 max_new_tokens=MAX_NEW_TOKENS,
                 stop_tokens=stop,

@@ -12,7 +12,9 @@ import numpy as np
 from squeezejax.generate import State, decode, prefill
 from squeezejax.tree import Tree
 
-PADDING = 32  # questions are padded to a multiple of this, so that few lengths are ever compiled
+# Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
+PADDING = 64
+ROOM = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +108,14 @@ class Session:
             # Rows beyond the length are never attended, so a shorter length forgets what came after.
             state = dataclasses.replace(state, lengths=jnp.full(1, common, jnp.int32))
         new = ids[common:]
-        padded = np.zeros((1, -(-len(new) // PADDING) * PADDING), np.int32)
-        padded[0, : len(new)] = new
+        padded = pad(new)
+        used = common + padded.shape[1]
         self._state = prefill(
             self._params,
             self._tree,
             padded,
             state=state,
-            capacity=self._options.max_new_tokens,
+            capacity=_round_up(used + self._options.max_new_tokens, ROOM) - used,
             lengths=np.array([len(new)]),
             sparsity=self._options.sparsity,
         )
@@ -122,3 +124,14 @@ class Session:
     def rehearse(self, ids: list[int]):
         """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
         next(copy.copy(self).reply(ids))
+
+
+def pad(ids: list[int]) -> np.ndarray:
+    """ids as i32[1 T], zeros after them."""
+    padded = np.zeros((1, _round_up(len(ids), PADDING)), np.int32)
+    padded[0, : len(ids)] = ids
+    return padded
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
