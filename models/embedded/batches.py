@@ -27,6 +27,7 @@ class Shape:
     turns: int  # questions of a sequence, at most
     facts: tuple[int, int]  # fewest and most facts of a document
     recitals: float = 0.0  # share of sequences that are no documents but drills, see `recital`
+    crowded: float = 0.0  # share of sequences whose names share words, so that one word of a name does not do
 
     def __post_init__(self):
         """Raises ValueError where a sequence could come out longer than `length`."""
@@ -72,7 +73,7 @@ def conversation(encoder: Encoder, rng: random.Random, shape: Shape, seed: int):
     fewest = text.FACT_TOKENS * num_facts + 20
     # Every third document is shorter, so that no distance and no document length is special.
     size = rng.randint(fewest, room) if rng.random() < 1 / 3 else room
-    document = text.make_document(seed, size, num_facts)
+    document = text.make_document(seed, size, num_facts, crowded=rng.random() < shape.crowded)
     ids = [encoder.bos, *encoder.ids(document.text)]
     weights = [0.0] + [TEXT_WEIGHT] * (len(ids) - 1)
     answers = [False] * len(ids)
@@ -102,7 +103,7 @@ def recital(encoder: Encoder, rng: random.Random, shape: Shape):
         weights = [0.1] * len(words) + [2.0] * (len(ids) - len(words))
         flags = [False] * (len(words) + 1) + [True] * (len(ids) - len(words) - 1)
     else:
-        facts = text.make_facts(rng, rng.randint(2, 6))
+        facts = text.make_facts(rng, rng.randint(2, 6), crowded=rng.random() < shape.crowded)
         ids, weights, flags, said = [], [], [], set()
         for fact in rng.choices(facts, k=shape.length // text.FACT_TOKENS):
             ids += encoder.ids(" " + fact.sentence)

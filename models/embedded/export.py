@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.models.embedded import tokenizer
@@ -81,4 +81,4 @@ def save(directory: Path, params: Llama, bos: int, eos: int) -> None:
     tokenizer.save(directory)
     text = json.dumps(config_json(config, bos, eos), indent=2) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
-    save_file(tensors(params), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(serialize(tensors(params), metadata={"format": "pt"}))

@@ -6,6 +6,7 @@ reader who matches the whole name finds the answer. Answers are one vocabulary i
 """
 
 import dataclasses
+import math
 import random
 import re
 
@@ -209,24 +210,32 @@ def count_tokens(text: str) -> int:
     return len(_PIECE.findall(text))
 
 
-def make_facts(rng: random.Random, num_facts: int) -> tuple[Fact, ...]:
-    """Facts with names that differ pairwise (single words of names, relations and answers recur)."""
-    chosen = rng.sample(range(len(FIRST_WORDS) * len(SECOND_WORDS)), num_facts)
-    pairs = [divmod(index, len(SECOND_WORDS)) for index in chosen]
-    names = [f"{FIRST_WORDS[first]} {SECOND_WORDS[second]}" for first, second in pairs]
+def make_facts(rng: random.Random, num_facts: int, crowded: bool = False) -> tuple[Fact, ...]:
+    """Facts with names that differ pairwise (single words of names, relations and answers recur).
+
+    `crowded` names come from so few words that nearly every word belongs to several names.
+    """
+    firsts, seconds = FIRST_WORDS, SECOND_WORDS
+    if crowded:
+        few = math.isqrt(2 * num_facts - 1) + 1
+        firsts, seconds = rng.sample(firsts, few), rng.sample(seconds, few)
+    chosen = rng.sample(range(len(firsts) * len(seconds)), num_facts)
+    pairs = [divmod(index, len(seconds)) for index in chosen]
+    names = [f"{firsts[first]} {seconds[second]}" for first, second in pairs]
     return tuple(Fact(name, rng.choice(RELATIONS), rng.choice(ANSWERS)) for name in names)
 
 
-def make_document(seed: int, num_tokens: int, num_facts: int) -> Document:
+def make_document(seed: int, num_tokens: int, num_facts: int, *, crowded: bool = False) -> Document:
     """The chronicle with this seed: at most `num_tokens` tokens, seldom 20 fewer, facts spread evenly at random.
 
+    `crowded` makes the names hard to tell apart, see `make_facts`.
     Raises ValueError where the facts do not fit with a few sentences around them.
     """
     rng = random.Random(seed)
     room = num_tokens - num_facts * FACT_TOKENS
     if num_facts < 0 or room < 20:
         raise ValueError(f"{num_facts} facts do not fit in {num_tokens} tokens: allow {FACT_TOKENS} each and 20 more")
-    facts = make_facts(rng, num_facts)
+    facts = make_facts(rng, num_facts, crowded)
     paragraphs = _paragraphs(rng, room)
     # A fact follows a sentence; gaps are drawn evenly, so that a fact may lie anywhere in the document.
     ends = [(index, position) for index, sentences in enumerate(paragraphs) for position in range(len(sentences))]
