@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from squeezejax.models import Llama, LlamaConfig
 
 import squeezejax
+from squeezejax.models import Llama, LlamaConfig
 
 TIE = 1e-9  # log scores this close are one score, whatever order they were summed in; strictly above means beyond it
 LONG = np.longdouble  # its exponent reaches e±11356: scores at logits of several hundred do not underflow
@@ -172,6 +172,26 @@ class Case:
         return np.stack(masks), float(gap)
 
 
+def cutting_thresholds(case, layer, q, fractions):
+    """log T of every level that lie among the scores of q [T N H], halfway between two, so that every level cuts some.
+
+    `fractions`: how far up among its distinct scores each level cuts.
+    """
+    log_T = []
+    for depth, fraction in enumerate(fractions):
+        scores = []
+        for head, rows in enumerate(grouped(q.swapaxes(0, 1), case.K)):
+            open_below = [*log_T, *[-np.inf] * (len(fractions) - depth)]
+            found, _ = descend(case.clustered[layer, head], case.head_labels(layer, head), rows, open_below)
+            scores.append(found[depth][np.isfinite(found[depth])])
+        pool = np.unique(np.concatenate(scores))
+        if not len(pool):
+            return np.array([*log_T, *[0.0] * (len(fractions) - depth)])
+        at = int(fraction * (len(pool) - 1))
+        log_T.append(float((pool[at] + pool[min(at + 1, len(pool) - 1)]) / 2))
+    return np.float32(log_T)
+
+
 def make_case(
     seed=0,
     *,
@@ -205,6 +225,30 @@ def make_case(
     fractions = tuple((i + 1) / (len(clusters) + 1) for i in range(len(clusters)))  # only their number matters
     config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W, **config)
     return Case(keys, values, tuple(labels), queries, config, dtype)
+
+
+def spread_rows(tree, seed=0):
+    """The same tree with its finest clusters in another order in memory and padding rows of garbage between them."""
+    rng = np.random.default_rng(seed)
+    fine = tree.levels[-1]
+    starts, counts = np.asarray(fine.starts), np.asarray(fine.counts)
+    L, K, C = starts.shape
+    S = tree.keys.shape[2]
+    room = S + 3 * C + 2
+    keys, values = (np.full((L, K, room, tree.keys.shape[3]), 1e3, np.float32) for _ in range(2))
+    order, moved = np.full((L, K, room), -1, np.int32), np.zeros_like(starts)
+    for at in np.ndindex(L, K):
+        row = 2
+        for c in rng.permutation(C):
+            n, old = counts[at][c], starts[at][c]
+            keys[at][row : row + n] = tree.keys[at][old : old + n]
+            values[at][row : row + n] = tree.values[at][old : old + n]
+            order[at][row : row + n] = tree.order[at][old : old + n]
+            moved[at][c] = row
+            row += n + rng.integers(0, 4)
+    level = dataclasses.replace(fine, starts=jnp.asarray(moved))
+    arrays = {"keys": jnp.asarray(keys, tree.keys.dtype), "values": jnp.asarray(values, tree.values.dtype)}
+    return dataclasses.replace(tree, **arrays, order=jnp.asarray(order), levels=(*tree.levels[:-1], level))
 
 
 def user_tokens(case, seed=0, *, B=2, T=3, room=7, G=2, scale=1.0, dtype=None):
