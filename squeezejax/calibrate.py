@@ -6,6 +6,7 @@ finest keep a margin more, and each level below is calibrated on what they leave
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from squeezejax.tree import Tree
 GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
 MOST_EXACT_CLUSTERS = 8192  # up to here a flat table holds every step of the quantile function
 TOLERANCE = 3e-4  # beyond it, the relative error of a threshold that may come from interpolation
+MOST_ROUNDING = 5e-4  # thresholds stay within 1e-3 of the quantile, even at logits of many thousand
 SCORES_AT_ONCE = 1 << 26  # cluster scores held at once, whatever the number of thresholds tried above them
 
 
@@ -62,7 +64,8 @@ def calibrate(tree: Tree, queries) -> Tree:
     table = np.empty((0, len(grid)), np.float32)
     for depth, count in enumerate(counts):
         dropped = _dropped_fractions(grid, depth, tree.config)
-        row = _above_ties(_level_row(tree, queries, count, table, dropped))
+        rounding = _rounding(queries, tree.levels[depth])
+        row = _above_ties(_level_row(tree, queries, count, table, dropped), rounding)
         # A coarse level that has to keep everything keeps its lowest cluster too, which no quantile does.
         is_finest = depth == len(counts) - 1
         table = np.vstack([table, row if is_finest else np.where(dropped <= 0, -np.inf, row)])
@@ -169,7 +172,19 @@ def _coarsened(steps, chosen, log_T, size: int) -> np.ndarray:
         chosen[add[np.argsort(-error[add], kind="stable")[:room]]] = True
 
 
-def _above_ties(log_T) -> np.ndarray:
-    """Float32, a few units in the last place up: whether a cluster exceeds its own score is no matter of rounding."""
+def _rounding(queries, level) -> float:
+    """How far two computations of one log score may lie apart, at most: equal centroids need not give equal dots.
+
+    A matrix product may sum the columns of a centroid table in different orders, so what decides is the length of the
+    summands, ‖q‖·‖c‖/√H, not the score.
+    """
+    lengths = [jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in (queries, level.centroids)]
+    bound = float(lengths[0]) * float(lengths[1]) / math.sqrt(queries.shape[-1])
+    return min(2 * float(np.finfo(np.float32).eps) * bound, MOST_ROUNDING)
+
+
+def _above_ties(log_T, rounding: float) -> np.ndarray:
+    """Float32, a little up: whether a cluster exceeds its own score is no matter of rounding."""
     log_T = log_T.astype(np.float32)
-    return np.where(np.isfinite(log_T), log_T + 4 * np.spacing(np.abs(log_T)), log_T)
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(log_T), log_T + 4 * np.spacing(np.abs(log_T)) + np.float32(rounding), log_T)
