@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-
 from squeezejax.models.config import LlamaConfig, parse_config, parse_stop_tokens
 from squeezejax.models.llama import Llama
 
@@ -118,7 +117,7 @@ def _read_json(file: Path) -> dict:
         raise FileNotFoundError(f"{file.parent} has no {file.name}, so it is not a Hugging Face checkpoint directory")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, or brackets without end
         raise ValueError(f"{file} is damaged, it is not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged, it must hold a JSON object")

@@ -213,8 +213,8 @@ def _number(raw: dict, name: str, kind: type, default=None):
     """raw[name] as an int or a float; null or nothing there is the default, and an error without one."""
     value = raw.get(name)
     value = default if value is None else value
-    allowed = int if kind is int else (int, float)
-    if not isinstance(value, allowed) or isinstance(value, bool):
+    allowed, limit = (int, 2**31) if kind is int else ((int, float), 1e30)  # so NaN and infinity fail too
+    if not isinstance(value, allowed) or isinstance(value, bool) or not abs(value) < limit:
         wanted = "an integer" if kind is int else "a number"
         raise ValueError(f"config.json: {name} must be {wanted}, got {value!r}")
     return kind(value)

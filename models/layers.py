@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from squeezejax.models.config import RopeConfig
 
 
@@ -14,6 +13,15 @@ def rms_norm(x, scale, eps: float):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+
+
+def project(x, weight, bias=None, *, dtype=None):
+    """x [B T D] times weight [… D] over D, plus bias […]: [B T …] in `dtype` (default x's), accumulated in float32."""
+    # As a matrix: with more axes XLA's CPU backend transposes the whole weight before every product.
+    rows = weight.reshape(-1, weight.shape[-1])
+    out = jnp.einsum("BTD,OD->BTO", x, rows, preferred_element_type=jnp.float32)
+    out = out.reshape(*x.shape[:2], *weight.shape[:-1]).astype(dtype or x.dtype)
+    return out if bias is None else out + bias[None, None]
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

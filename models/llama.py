@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from squeezejax.models.config import LlamaConfig
+from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
 
 from squeezejax.attention import causal_attention
-from squeezejax.models.config import LlamaConfig
-from squeezejax.models.layers import apply_rope, rms_norm, rope_tables
 
 # attend(carry, layer, q [B T N H], k [B T K H], v [B T K H]) -> (carry, out [B T N H]); q and k are after RoPE.
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
@@ -40,16 +40,17 @@ class Attention(nnx.Module):
 
     def project(self, x, cos, sin):
         """x [B T D] -> q [B T N H], k [B T K H], v [B T K H], q and k after RoPE."""
-        q = _add(jnp.einsum("BTD,NHD->BTNH", x, self.query[...]), self.query_bias)
-        k = _add(jnp.einsum("BTD,KHD->BTKH", x, self.key[...]), self.key_bias)
-        v = _add(jnp.einsum("BTD,KHD->BTKH", x, self.value[...]), self.value_bias)
+        q = project(x, self.query[...], _array(self.query_bias))
+        k = project(x, self.key[...], _array(self.key_bias))
+        v = project(x, self.value[...], _array(self.value_bias))
         if self.query_norm is not None:
             q, k = rms_norm(q, self.query_norm[...], self.eps), rms_norm(k, self.key_norm[...], self.eps)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def merge_heads(self, out):
         """out [B T N H] -> [B T D]."""
-        return _add(jnp.einsum("BTNH,DNH->BTD", out, self.output[...]), self.output_bias)
+        D = self.output.shape[0]
+        return project(out.reshape(*out.shape[:2], -1), self.output[...].reshape(D, -1), _array(self.output_bias))
 
 
 class Mlp(nnx.Module):
@@ -67,9 +68,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x):
         """x [B T D] -> [B T D]."""
-        gate = _add(jnp.einsum("BTD,FD->BTF", x, self.gate[...]), self.gate_bias)
-        up = _add(jnp.einsum("BTD,FD->BTF", x, self.up[...]), self.up_bias)
-        return _add(jnp.einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down[...]), self.down_bias)
+        gate = project(x, self.gate[...], _array(self.gate_bias))
+        up = project(x, self.up[...], _array(self.up_bias))
+        return project(jax.nn.silu(gate) * up, self.down[...], _array(self.down_bias))
 
 
 class Layer(nnx.Module):
@@ -135,7 +136,7 @@ class Llama(nnx.Module):
         """x [B T D] -> logits f32[B T V]."""
         weights = self.embedding if self.head is None else self.head
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-        return jnp.einsum("BTD,VD->BTV", x, weights[...], preferred_element_type=jnp.float32)
+        return project(x, weights[...], dtype=jnp.float32)
 
 
 @jax.jit
@@ -149,11 +150,11 @@ def _logits(params: Llama, tokens):
 def logits(params: Llama, tokens) -> jax.Array:
     """Next-token logits f32[B T V] of tokens i32[B T] by a plain dense causal forward pass, with no cache.
 
-    Raises ValueError for tokens that are not a matrix of ids.
+    Raises ValueError for tokens that are not a matrix of ids, or are none at all.
     """
     tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers [B T], got {tokens.dtype}{list(tokens.shape)}")
+    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B T], at least one, got {tokens.dtype}{list(tokens.shape)}")
     return _logits(params, tokens)
 
 
@@ -169,5 +170,6 @@ def _ones(shape, dtype):
     return nnx.Param(jnp.ones(shape, dtype))
 
 
-def _add(x, bias):
-    return x if bias is None else x + jnp.broadcast_to(bias[...], x.shape)
+def _array(parameter):
+    """The array of a parameter that may be absent."""
+    return None if parameter is None else parameter[...]

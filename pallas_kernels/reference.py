@@ -5,6 +5,7 @@ layers and heads lie in one flat cache [R H]; a lane names its kept rows by a li
 the chunk at hand.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -36,24 +37,39 @@ def log_mean_scores(dots, counts, alive, valid):
     return jnp.where(alive & (num_rows > 0), log_mean, -jnp.inf)
 
 
-def kept_rows(kept, starts, counts, num_rows: int):
-    """The rows of the kept clusters as one list: (rows i32[num_rows], how many of them count i32[]).
+class Runs(NamedTuple):
+    """The rows of one lane's kept clusters: runs of consecutive rows, listed one after another."""
 
-    kept bool[C], starts, counts i32[C]; clusters are disjoint runs, in any order. Entries past the count are 0.
-    """
+    starts: jax.Array  # i32[C], first row of each run in the list, the list's unused end being anything
+    offsets: jax.Array  # i32[C], position in the list of rows at which the run begins; unused: past every row
+    num_rows: jax.Array  # i32[], rows in all
+
+
+def kept_runs(kept, starts, counts) -> Runs:
+    """Compacts the kept clusters bool[C], which are disjoint runs given by starts, counts i32[C] in any order."""
     C = kept.shape[0]
     lengths = jnp.where(kept, counts, 0)
     live = lengths > 0
-    offsets = jnp.cumsum(lengths) - lengths
-    # List position j of a cluster holds row j + shift; the list is a running sum of the changes of shift.
     slot = jnp.where(live, jnp.cumsum(live) - 1, C)
-    shifts = jnp.zeros(C, jnp.int32).at[slot].set(starts - offsets, mode="drop")
-    changes = jnp.diff(shifts, prepend=0)
-    at = jnp.where(live, offsets, num_rows)
-    jumps = jnp.zeros(num_rows, jnp.int32).at[at].set(changes[jnp.minimum(slot, C - 1)], mode="drop")
-    total = jnp.sum(lengths)
-    position = jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.where(position < total, jnp.cumsum(jumps) + position, 0), total
+    offsets = jnp.cumsum(lengths) - lengths
+    return Runs(
+        starts=jnp.zeros(C, jnp.int32).at[slot].set(starts, mode="drop"),
+        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max).at[slot].set(offsets, mode="drop"),
+        num_rows=jnp.sum(lengths),
+    )
+
+
+def _expand(runs: Runs, first, size: int):
+    """The rows at positions [first, first + size) of one lane's list, i32[size]; past its end they mean nothing."""
+    run = jnp.searchsorted(runs.offsets, first, side="right") - 1
+    # A run has at least one row, so no more than `size` of them matter.
+    window = lambda x: jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, size), mode="edge"), run, size)
+    offsets = window(runs.offsets)
+    # Position j of a run holds row j + shift, so rows are positions plus a running sum of the changes of shift.
+    shifts = window(runs.starts) - offsets
+    at = jnp.where(offsets < first + size, jnp.maximum(offsets - first, 0), size)
+    jumps = jnp.zeros(size, jnp.int32).at[at].add(jnp.diff(shifts, prepend=0), mode="drop")
+    return first + jnp.arange(size, dtype=jnp.int32) + jnp.cumsum(jumps)
 
 
 class _Softmax(NamedTuple):
@@ -79,32 +95,60 @@ def _softmax_step(state: _Softmax, q, k, v, mask) -> _Softmax:
     return _Softmax(top, state.total * keep + jnp.sum(weights, axis=-1), state.out * keep[:, :, None] + out)
 
 
+def _softmax_add(state: _Softmax, part: _Softmax, lane) -> _Softmax:
+    """Adds partial softmaxes, each over some keys of lane[i], to those of the lanes."""
+    member = lane[None, :] == jnp.arange(lane.shape[0])[:, None]  # [lane part]
+    tops = jnp.where(member[:, :, None], part.top[None], MASKED)
+    top = jnp.maximum(state.top, jnp.max(tops, axis=1))
+    keep = jnp.exp(state.top - top)
+    # A sum over one-hot weights, not a scatter: its order is fixed, so results repeat bit for bit on every device.
+    weights = jnp.where(member[:, :, None], jnp.exp(tops - top[:, None]), 0.0)
+    total = state.total * keep + jnp.einsum("UPM,PM->UM", weights, part.total)
+    out = state.out * keep[:, :, None] + jnp.einsum("UPM,PMH->UMH", weights, part.out)
+    return _Softmax(top, total, out)
+
+
 def _softmax_end(state: _Softmax):
     """(out f32[U M H], lse f32[U M]); a lane without keys gives 0 and MASKED."""
     safe = jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)
     return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
 
 
-def attend_rows(q, keys, values, rows, num_rows, base, *, chunk: int = 256):
-    """Exact attention of each lane over its listed rows -> (out f32[U M H], lse f32[U M]).
+def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 256, block: int = 2048):
+    """Exact attention of each lane over the rows of its runs -> (out f32[U M H], lse f32[U M]).
 
-    q [U M H]; keys, values [R H], all rows of all layers and heads; rows i32[U J] lists each lane's rows, the first
-    num_rows i32[U] of which count, relative to base i32[U]. The loop ends with the longest lane: its trip count is
-    known on the device only, and no row is ever dropped.
+    q [U M H]; keys, values [L·K R H]; runs, every field with a leading axis U; head i32[U], the lane's index in L·K.
+    Lists differ much in length, so they are cut into blocks, and U blocks at a time are worked on, whichever lanes
+    they belong to. Loops end where the lists do, known on the device only: no row is ever dropped, and no work grows
+    with R.
     """
     U, M, H = q.shape
-    chunk = min(chunk, rows.shape[1])
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % chunk)))
+    chunk = min(chunk, keys.shape[1])
+    block = -(-min(block, keys.shape[1]) // chunk) * chunk
+    blocks = (runs.num_rows + block - 1) // block
+    ends = jnp.cumsum(blocks)
 
-    def step(i, state):
-        first = i * chunk
-        index = jax.lax.dynamic_slice_in_dim(rows, first, chunk, axis=1) + base[:, None]
-        take = lambda cache: cache.at[index].get(mode="promise_in_bounds").astype(q.dtype)
-        mask = (first + jnp.arange(chunk))[None, :] < num_rows[:, None]
-        return _softmax_step(state, q, take(keys), take(values), mask)
+    def attend_blocks(i, state):
+        number = i * U + jnp.arange(U)  # of each block, counted through all lanes
+        lane = jnp.minimum(jnp.sum(ends[None, :] <= number[:, None], axis=1), U - 1)
+        first = (number - (ends - blocks)[lane]) * block
+        size = jnp.clip(runs.num_rows[lane] - first, 0, block)  # 0 past the last block
+        first = jnp.where(size > 0, first, 0)
+        rows = jax.vmap(functools.partial(_expand, size=block))(jax.tree.map(lambda x: x[lane], runs), first)
+        rows = jnp.where(jnp.arange(block)[None, :] < size[:, None], rows, 0)  # the gather promises to stay in bounds
+        q_here, head_here = q[lane], head[lane][:, None]
 
-    steps = (jnp.max(num_rows) + chunk - 1) // chunk
-    return _softmax_end(jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H)))
+        def step(j, part):
+            index = jax.lax.dynamic_slice_in_dim(rows, j * chunk, chunk, axis=1)
+            mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
+            take = lambda cache: cache.at[head_here, index].get(mode="promise_in_bounds").astype(q.dtype)
+            return _softmax_step(part, q_here, take(keys), take(values), mask)
+
+        steps = (jnp.max(size) + chunk - 1) // chunk
+        part = jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H))
+        return _softmax_add(state, part, lane)
+
+    return _softmax_end(jax.lax.fori_loop(0, (ends[-1] + U - 1) // U, attend_blocks, _softmax_start(U, M, H)))
 
 
 def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):

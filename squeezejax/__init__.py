@@ -12,10 +12,12 @@ from squeezejax.generate import Generation, State, decode, dense_generate, gener
 from squeezejax.kmeans import KMeans, kmeans
 from squeezejax.select import Selection, select
 from squeezejax.squeeze import Progress, squeeze
+from squeezejax.storage import Header, TreeFileError, load, read_header, save
 from squeezejax.tree import Level, Tree, build_tree
 
 __all__ = [
     "Generation",
+    "Header",
     "KMeans",
     "Level",
     "Progress",
@@ -23,6 +25,7 @@ __all__ = [
     "SqueezeConfig",
     "State",
     "Tree",
+    "TreeFileError",
     "attend",
     "build_tree",
     "calibrate",
@@ -30,8 +33,11 @@ __all__ = [
     "dense_generate",
     "generate",
     "kmeans",
+    "load",
     "log_thresholds",
     "prefill",
+    "read_header",
+    "save",
     "select",
     "squeeze",
 ]

@@ -4,7 +4,6 @@ Letters: B batch, T query tokens, S keys, N query heads, K key/value heads, G = 
 is `(out, lse)`: out the attention over its own keys, lse the log of its softmax's denominator, both float32.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -168,7 +167,6 @@ def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementatio
 def _attend_fixed(tree: Tree, q, valid, layer, log_T):
     """q [B T K G H], one selection a user, over the fixed context -> ([(out, lse), …], kept fraction f32[B])."""
     B, T, K, G, H = q.shape
-    S, R = tree.num_keys, tree.keys.shape[2]
     rows_of_head = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     partials = []
     if tree.window_keys.shape[2]:
@@ -183,16 +181,15 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T):
         kept = jax.vmap(lambda q, valid: select_groups(tree, q, valid, layer, log_T))(q, valid)  # [B K C]
         with jax.named_scope("attend_kept_keys"):
             level = layer_level(tree.levels[-1], layer)
-            list_rows = jax.vmap(functools.partial(reference.kept_rows, num_rows=R))  # over K
-            rows, num_rows = jax.vmap(lambda kept: list_rows(kept, level.starts, level.counts))(kept)
-            base = jnp.tile((layer * K + jnp.arange(K)) * R, B)
-            flat = lambda cache: cache.reshape(-1, H)
-            lanes = rows_of_head.reshape(B * K, T * G, H)
-            out, lse = reference.attend_rows(
-                lanes, flat(tree.keys), flat(tree.values), rows.reshape(B * K, R), num_rows.reshape(-1), base
+            runs = jax.vmap(lambda kept: jax.vmap(reference.kept_runs)(kept, level.starts, level.counts))(kept)
+            flat = lambda x: x.reshape(-1, *x.shape[2:])
+            head = jnp.tile(layer * K + jnp.arange(K), B)
+            out, lse = reference.attend_runs(
+                flat(rows_of_head), flat(tree.keys), flat(tree.values), jax.tree.map(flat, runs), head
             )
             partials.append((out.reshape(B, K, T * G, H), lse.reshape(B, K, T * G)))
-        kept_fraction = jnp.mean(num_rows.astype(jnp.float32), axis=1) / S
+        num_rows = runs.num_rows
+        kept_fraction = jnp.mean(num_rows.astype(jnp.float32), axis=1) / tree.num_keys
     back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)
     return [(back(out), back(lse)) for out, lse in partials], kept_fraction
 

@@ -6,16 +6,20 @@ finest keep a margin more, and each level below is calibrated on what they leave
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.scores import centroid_dots, descend, layer_level
+from squeezejax.scores import layer_level, score_heads
 from squeezejax.tree import Tree
 
 GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
 MOST_EXACT_CLUSTERS = 8192  # up to here a flat table holds every step of the quantile function
+TOLERANCE = 3e-4  # beyond it, the relative error of a threshold that may come from interpolation
+MOST_ROUNDING = 5e-4  # thresholds stay within 1e-3 of the quantile, even at logits of many thousand
+SCORES_AT_ONCE = 1 << 26  # cluster scores held at once, whatever the number of thresholds tried above them
 
 
 def log_thresholds(tree: Tree, sparsity) -> jax.Array:
@@ -30,9 +34,11 @@ def log_thresholds(tree: Tree, sparsity) -> jax.Array:
     if tree.thresholds is None or tree.sparsities is None:
         raise ValueError("the tree has no thresholds: call squeezejax.calibrate(tree, queries) first")
     grid, table = tree.sparsities, tree.thresholds
-    right = jnp.clip(jnp.searchsorted(grid, p), 1, grid.shape[0] - 1)
+    inside = jnp.clip(p, 0.0, 1.0)
+    # The first grid point that reaches p, so that the one before lies below it also where ones pad the grid.
+    right = jnp.maximum(jnp.searchsorted(grid, inside), 1)
     left = right - 1
-    weight = jnp.clip((p - grid[left]) / (grid[right] - grid[left]), 0.0, 1.0)
+    weight = (inside - grid[left]) / (grid[right] - grid[left])
     low, high = table[:, left], table[:, right]
     top = jnp.maximum(jnp.maximum(low, high), jnp.finfo(jnp.float32).min)  # finite: −∞ − −∞ would be NaN
     log_T = top + jnp.log((1 - weight) * jnp.exp(low - top) + weight * jnp.exp(high - top))
@@ -54,23 +60,33 @@ def calibrate(tree: Tree, queries) -> Tree:
     if not bool(jnp.all(jnp.isfinite(queries))):
         raise ValueError("queries hold values that are not finite")
     counts = [np.asarray(level.counts).ravel() for level in tree.levels]
-    scores = _key_scores(tree, queries, np.empty((1, 0)))
-    grid = _with_steps(GRID, scores[:, 0], counts[0]) if len(counts) == 1 else GRID
-    table, set_of = np.empty((0, len(grid))), np.zeros(len(grid), int)
+    grid = GRID if len(counts) > 1 else _with_steps(GRID, _key_scores(tree, queries, np.empty((1, 0)))[:, 0], counts[0])
+    table = np.empty((0, len(grid)), np.float32)
     for depth, count in enumerate(counts):
-        if depth:
-            # Sparsities that share all thresholds above this level share its scores: score each distinct set once.
-            above, set_of = np.unique(table, axis=1, return_inverse=True)
-            scores = _key_scores(tree, queries, above.T)
         dropped = _dropped_fractions(grid, depth, tree.config)
-        row = np.empty(len(grid))
-        for i, column in enumerate(scores.T):
-            members = set_of.ravel() == i
-            row[members] = _quantiles(column, count, dropped[members])
+        rounding = _rounding(queries, tree.levels[depth])
+        row = _above_ties(_level_row(tree, queries, count, table, dropped), rounding)
         # A coarse level that has to keep everything keeps its lowest cluster too, which no quantile does.
         is_finest = depth == len(counts) - 1
         table = np.vstack([table, row if is_finest else np.where(dropped <= 0, -np.inf, row)])
-    return dataclasses.replace(tree, sparsities=jnp.asarray(grid), thresholds=_above_ties(table))
+    return dataclasses.replace(tree, sparsities=jnp.asarray(grid), thresholds=jnp.asarray(table, jnp.float32))
+
+
+def _level_row(tree: Tree, queries, counts, above, dropped) -> np.ndarray:
+    """log T [P] of the level below those with thresholds `above` f32[levels above P], dropping fractions [P]."""
+    if len(above):
+        # Sparsities that share all thresholds above this level share its scores: score each distinct set once.
+        sets, set_of = np.unique(above, axis=1, return_inverse=True)
+    else:
+        sets, set_of = above[:, :1], np.zeros(len(dropped), int)
+    row = np.empty(len(dropped))
+    batch = max(1, min(sets.shape[1], SCORES_AT_ONCE // len(counts)))
+    for first in range(0, sets.shape[1], batch):
+        some = np.minimum(np.arange(first, first + batch), sets.shape[1] - 1)  # the last batch is filled up: one shape
+        for i, column in zip(some, _key_scores(tree, queries, sets.T[some]).T, strict=True):
+            members = set_of.ravel() == i
+            row[members] = _quantiles(column, counts, dropped[members])
+    return row
 
 
 def _dropped_fractions(grid, depth: int, config) -> np.ndarray:
@@ -97,13 +113,8 @@ def _layer_scores(tree: Tree, queries, layer, above):
     K = tree.num_kv_heads
     q = queries.reshape(K, -1, *queries.shape[1:]).transpose(2, 0, 1, 3)  # [W K G H]
     levels = [layer_level(level, layer) for level in tree.levels[: above.shape[1] + 1]]
-    dots = [centroid_dots(level, q) for level in levels]
-    valid = jnp.ones(q.shape[0] * q.shape[2], bool)
-
-    def at(log_T):
-        return descend(levels, dots, valid, jnp.append(log_T, jnp.inf))[0]
-
-    return jax.lax.map(at, above)
+    valid = jnp.ones(q.shape[0], bool)
+    return jax.lax.map(lambda log_T: score_heads(levels, q, valid, jnp.append(log_T, jnp.inf))[0], above)
 
 
 def _sorted_scores(log_A, counts):
@@ -127,15 +138,53 @@ def _quantiles(log_A, counts, fractions) -> np.ndarray:
 
 
 def _with_steps(grid, log_A, counts) -> np.ndarray:
-    """The grid and, where there are few clusters, every sparsity at which the quantile function bends."""
+    """The grid and the sparsities at which the quantile function bends, two a cluster, padded with ones.
+
+    All of them while there are few clusters; else only those without which interpolation would miss by more than
+    TOLERANCE. The size depends on the number of clusters alone: documents of one length share compiled programs.
+    """
+    size = len(grid) + 2 * min(len(counts), MOST_EXACT_CLUSTERS)
     _, ends = _sorted_scores(log_A, counts)
-    if len(ends) > MOST_EXACT_CLUSTERS:
-        return grid
     ranks = np.concatenate([ends - 1, ends[:-1]]) / max(ends[-1] - 1, 1)
-    return np.union1d(grid, np.clip(ranks, 0, 1).astype(np.float32))
+    steps = np.union1d(grid, np.clip(ranks, 0, 1).astype(np.float32))
+    if len(steps) > size:
+        steps = _coarsened(steps, np.isin(steps, grid), _quantiles(log_A, counts, steps.astype(np.float64)), size)
+    return np.pad(steps, (0, size - len(steps)), constant_values=1)
 
 
-def _above_ties(table) -> jax.Array:
-    """Float32, a few units in the last place up: whether a cluster exceeds its own score is no matter of rounding."""
-    table = table.astype(np.float32)
-    return jnp.asarray(np.where(np.isfinite(table), table + 4 * np.spacing(np.abs(table)), table))
+def _coarsened(steps, chosen, log_T, size: int) -> np.ndarray:
+    """The chosen steps, and of the others what linear interpolation needs, worst first, but `size` in all."""
+    position = np.arange(len(steps))
+    while True:
+        kept = np.flatnonzero(chosen)
+        interval = np.clip(np.searchsorted(kept, position, side="right") - 1, 0, len(kept) - 2)
+        left, right = kept[interval], kept[interval + 1]
+        weight = (steps - steps[left]).astype(np.float64) / (steps[right] - steps[left])
+        with np.errstate(divide="ignore"):
+            guess = np.logaddexp(log_T[left] + np.log1p(-weight), log_T[right] + np.log(weight))
+        error = np.where(chosen, 0, np.abs(guess - log_T))
+        worst = np.maximum.reduceat(error, kept[:-1])
+        add = np.flatnonzero((error > TOLERANCE) & (error == worst[interval]))
+        room = size - len(kept)
+        if not len(add) or not room:
+            return steps[chosen]
+        chosen = chosen.copy()
+        chosen[add[np.argsort(-error[add], kind="stable")[:room]]] = True
+
+
+def _rounding(queries, level) -> float:
+    """How far two computations of one log score may lie apart, at most: equal centroids need not give equal dots.
+
+    A matrix product may sum the columns of a centroid table in different orders, so what decides is the length of the
+    summands, ‖q‖·‖c‖/√H, not the score.
+    """
+    lengths = [jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in (queries, level.centroids)]
+    bound = float(lengths[0]) * float(lengths[1]) / math.sqrt(queries.shape[-1])
+    return min(2 * float(np.finfo(np.float32).eps) * bound, MOST_ROUNDING)
+
+
+def _above_ties(log_T, rounding: float) -> np.ndarray:
+    """Float32, a little up: whether a cluster exceeds its own score is no matter of rounding."""
+    log_T = log_T.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(log_T), log_T + 4 * np.spacing(np.abs(log_T)) + np.float32(rounding), log_T)

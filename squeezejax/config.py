@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,10 @@ class SqueezeConfig:
         # Lists come from JSON headers and command lines; a tuple keeps the config hashable.
         object.__setattr__(self, "cluster_fractions", tuple(float(f) for f in self.cluster_fractions))
         fractions = self.cluster_fractions
+        for name in ("observation_window", "query_block", "kmeans_iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) and not (name == "query_block" and value is None):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
         if not fractions or not all(0 < f <= 1 for f in fractions):
             raise ValueError(f"cluster_fractions must be fractions in (0, 1], coarse → fine, got {fractions}")
         if any(coarse >= fine for coarse, fine in itertools.pairwise(fractions)):
@@ -32,8 +37,8 @@ class SqueezeConfig:
             raise ValueError(f"observation_window must be at least 0, got {self.observation_window}")
         if math.isnan(self.sparsity):
             raise ValueError("sparsity must be a number, got NaN")
-        if not self.coarse_margin >= 1:
-            raise ValueError(f"coarse_margin must be at least 1, got {self.coarse_margin}")
+        if not 1 <= self.coarse_margin < math.inf:
+            raise ValueError(f"coarse_margin must be at least 1 and finite, got {self.coarse_margin}")
         if self.query_block is not None and self.query_block < 1:
             raise ValueError(f"query_block must be at least 1 or None, got {self.query_block}")
         if self.kmeans_iterations < 0:

@@ -11,31 +11,48 @@ import jax.numpy as jnp
 from squeezejax.pallas_kernels import reference
 from squeezejax.tree import Level
 
+MOST_SCORES = 2**22  # scores alive at once: on the CPU, temporaries above 32 MB cost page faults at every call
+
 
 def layer_level(level: Level, layer) -> Level:
     """One layer of a level: arrays [K …]; `layer` may be traced."""
     return jax.tree.map(lambda leaf: leaf[layer], level)
 
 
-def centroid_dots(level: Level, q) -> jax.Array:
-    """s(q, c) = q·c/√H in float32: q [T K G H], centroids [K C H] -> f32[K T·G C]."""
-    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (spec.md, traps).
-    dots = jnp.einsum("TKGH,KCH->KTGC", q.astype(jnp.float32), level.centroids, precision=jax.lax.Precision.HIGHEST)
-    return dots.reshape(dots.shape[0], -1, dots.shape[-1]) / math.sqrt(q.shape[-1])
-
-
-def descend(levels: list[Level], dots: list[jax.Array], valid, log_T):
+def score_heads(levels: list[Level], q, valid, log_T):
     """Scores one layer from coarse to fine: (log A f32[K C], kept bool[K C]) of the last of `levels`.
 
-    levels without the axis L; dots f32[K M C] a level; valid bool[M], the query rows that take part;
-    log_T f32[≥ levels]. A cluster is kept iff log A > log T strictly. Below the coarsest level only children of kept
-    clusters are alive, and their denominators count nothing else.
+    levels without the axis L; q [T K G H]; valid bool[T], the query tokens that take part; log_T f32[≥ levels].
+    """
+    T, K, G, H = q.shape
+    rows = q.transpose(1, 0, 2, 3).reshape(K, T * G, H)
+    one_head = lambda head: descend(head[0], head[1], jnp.repeat(valid, G), log_T)
+    largest = max(level.counts.shape[1] for level in levels)
+    together = max(1, MOST_SCORES // (T * G * largest))
+    if together >= K:
+        return jax.vmap(one_head)((levels, rows))
+    return jax.lax.map(one_head, (levels, rows), batch_size=together)
+
+
+def descend(levels: list[Level], q, valid, log_T):
+    """One head from coarse to fine: (log A f32[C], kept bool[C]) of the last of `levels`.
+
+    levels without the axes L and K; q [M H], query rows of the group; valid bool[M]; log_T f32[≥ levels]. A cluster is
+    kept iff log A > log T strictly. Below the coarsest level only children of kept clusters are alive, and their
+    denominators count nothing else.
     """
     kept = None
-    for depth, (level, dot) in enumerate(zip(levels, dots, strict=True)):
+    for depth, level in enumerate(levels):
         alive = level.counts > 0
         if kept is not None:
-            alive &= jnp.take_along_axis(kept, level.parents, axis=1)
-        log_A = jax.vmap(reference.log_mean_scores, in_axes=(0, 0, 0, None))(dot, level.counts, alive, valid)
+            alive &= kept[level.parents]
+        log_A = reference.log_mean_scores(centroid_dots(level.centroids, q), level.counts, alive, valid)
         kept = log_A > log_T[depth]
     return log_A, kept
+
+
+def centroid_dots(centroids, q) -> jax.Array:
+    """s(q, c) = q·c/√H in float32: q [M H], centroids f32[C H] -> f32[M C]."""
+    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (spec.md, traps).
+    dots = jnp.einsum("MH,CH->MC", q.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST)
+    return dots / math.sqrt(q.shape[-1])

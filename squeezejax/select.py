@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from squeezejax.calibrate import log_thresholds as log_thresholds_at
-from squeezejax.scores import centroid_dots, descend, layer_level
+from squeezejax.pallas_kernels import reference
+from squeezejax.pallas_kernels.look_up import LevelArrays, look_up
+from squeezejax.scores import MOST_SCORES, layer_level, score_heads
 from squeezejax.tree import Tree
 
 
@@ -46,18 +49,37 @@ def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selec
     """
     check_queries(tree, q, "T N H")
     log_T = resolve_thresholds(tree, sparsity, log_thresholds)
-    groups = split_heads(q[None], tree.num_kv_heads)[0]
-    kept = select_groups(tree, groups, jnp.ones(q.shape[0], bool), layer, log_T)
+    groups = split_heads(q[None], tree.num_kv_heads)
+    kept = select_lanes(tree, groups, jnp.ones((1, q.shape[0]), bool), layer, log_T).clusters[0]
     return Selection(kept=kept, layer=jnp.asarray(layer, jnp.int32))
 
 
-def select_groups(tree: Tree, q, valid, layer, log_T):
-    """bool[K C] kept finest clusters for q [T K G H], of which valid bool[T] take part, at log_T f32[levels]."""
+class Kept(NamedTuple):
+    """What every user and key/value head keeps of one layer, in two forms."""
+
+    runs: reference.Runs  # rows of the kept clusters, leading axes [B K]
+    clusters: jax.Array  # bool[B K C], finest level
+
+
+def select_lanes(tree: Tree, q, valid, layer, log_T) -> Kept:
+    """One selection a user for q [B T K G H], of which valid bool[B T] take part, at log_T f32[levels]."""
+    B, T, K, G, H = q.shape
+    C = tree.levels[-1].counts.shape[2]
     with jax.named_scope("select"):
+        if B * T * K * G * C <= MOST_SCORES:
+            levels = [
+                LevelArrays(level.centroids, level.counts, level.starts, level.child_starts, level.child_counts)
+                for level in tree.levels
+            ]
+            rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+            runs, ids = look_up(levels, rows, jnp.repeat(valid, G, axis=1), layer, log_T)
+            user, head = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+            return Kept(runs, jnp.zeros((B, K, C), bool).at[user, head, ids].set(True, mode="drop"))
+        # Many query rows: matrix products dominate, and masking the dead is cheaper than listing the living.
         levels = [layer_level(level, layer) for level in tree.levels]
-        dots = [centroid_dots(level, q) for level in levels]
-        rows = jnp.repeat(valid, q.shape[2])
-        return descend(levels, dots, rows, log_T)[1]
+        clusters = jax.lax.map(lambda user: score_heads(levels, *user, log_T)[1], (q, valid))
+        list_runs = jax.vmap(lambda kept: jax.vmap(reference.kept_runs)(kept, levels[-1].starts, levels[-1].counts))
+        return Kept(list_runs(clusters), clusters)
 
 
 def resolve_thresholds(tree: Tree, sparsity, log_thresholds) -> jax.Array:
@@ -77,6 +99,8 @@ def check_queries(tree: Tree, q, axes: str):
     _, K, _, H = tree.keys.shape
     if q.ndim != len(axes.split()) or q.shape[-1] != H or q.shape[-2] % K:
         raise ValueError(f"q must be [{axes}] with H = {H} and N a multiple of K = {K}, got {q.shape}")
+    if 0 in q.shape:
+        raise ValueError(f"there are no query tokens: q [{axes}] has shape {q.shape}")
 
 
 def split_heads(q, num_kv_heads: int):

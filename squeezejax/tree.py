@@ -108,6 +108,8 @@ def build_layer(keys, values, config: SqueezeConfig, key) -> Tree:
 
     def cluster_head(rows, seed):  # rows [S H] -> labels, coarse → fine
         *upper_seeds, fine_seed = jax.random.split(seed, config.num_levels)
+        # K-means takes float32 and bfloat16; float16 widens exactly.
+        rows = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
         found = kmeans(rows, clusters[-1], key=fine_seed, **options)
         labels = [found.labels]
         weights = found.counts.astype(jnp.float32)

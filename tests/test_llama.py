@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import make_config, make_model
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from squeezejax.models import Llama, LlamaConfig, RopeConfig, load, logits
 from squeezejax.models.config import parse_config
 from squeezejax.models.layers import rope_frequencies
+from torch_models import make_config, make_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -121,10 +120,22 @@ def params():
     config = LlamaConfig(
         vocab_size=50, model_dim=16, mlp_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True
     )
-    return Llama(config, key=jax.random.key(1))
+    # This generator compiles several times faster than the default one, and no number here depends on it.
+    return jax.jit(lambda key: Llama(config, key=key))(jax.random.key(1, impl="unsafe_rbg"))
 
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7)
+
+
+def test_random_weights(params):
+    assert params.head is not None
+    assert params.layers.mlp.gate_bias is None
+    np.testing.assert_array_equal(params.layers.attention_norm[...], np.ones((2, 16), np.float32))
+    np.testing.assert_array_equal(params.layers.attention.key_bias[...], np.zeros((2, 2, 6), np.float32))
+    first, second = params.layers.attention.query[...]
+    chex.assert_shape(first, (4, 6, 16))
+    assert not np.allclose(first, second)  # every layer has weights of its own
+    assert np.std(first) == pytest.approx(0.25, rel=0.2)  # 1 / sqrt(model_dim)
 
 
 def test_flatten_round_trip(params):
@@ -186,7 +197,10 @@ def test_dtypes(params, dtype):
     np.testing.assert_allclose(out, logits(params, TOKENS), atol=1e-6 if dtype == jnp.float32 else 0.1)
 
 
-@pytest.mark.parametrize("tokens", [np.arange(4), np.zeros((1, 2, 3), np.int32), np.zeros((1, 4), np.float32)])
+@pytest.mark.parametrize(
+    "tokens",
+    [np.arange(4), np.zeros((1, 2, 3), np.int32), np.zeros((1, 4), np.float32), np.zeros((1, 0), np.int32)],
+)
 def test_logits_refuses_other_tokens(params, tokens):
     with pytest.raises(ValueError, match="integers \\[B T\\]"):
         logits(params, tokens)

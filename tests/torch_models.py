@@ -10,6 +10,9 @@ import transformers
 transformers.utils.logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
+# The models are too small to share among threads, whose spinning would slow the tests down.
+torch.set_num_threads(1)
+
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),

@@ -1,0 +1,328 @@
+"""The command line, `squeezejax demo | build | ask | info`: arguments and errors.
+
+The work is done in `demo`, `commands` and `info`.
+"""
+
+import argparse
+import math
+import os
+import sys
+import traceback
+
+from squeezejax.config import SqueezeConfig
+
+BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # exit codes; 0 = done
+_DEFAULTS = SqueezeConfig()
+# What a caller can put right by another argument or another file; every other exception is a failure.
+_CALLER_IS_WRONG = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+_INTRODUCTION = """\
+Ask many questions of one long, fixed text: squeeze it once, and every question then reads
+only the part of it that matters (Squeezed Attention, arXiv 2411.09688), in JAX."""
+_FIRST_SESSION = """\
+a first session:
+  squeezejax demo                                   no download, a minute or two
+  squeezejax build --model ~/models/Llama-3.2-1B-Instruct --context book.txt --out book.tree
+  squeezejax info book.tree
+  squeezejax ask --tree book.tree "Who tells the story?" "How does it end?"
+  squeezejax ask --tree book.tree --chat
+
+`squeezejax COMMAND --help` explains a command and each of its options."""
+
+
+def main(argv=None) -> int:
+    """Runs one command and returns the exit code: 0 done, 2 wrong input, 1 failure, 130 interrupted."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # a reader that has gone away shows here rather than at exit
+        return code or 0
+    except KeyboardInterrupt:
+        print("\nsqueezejax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"squeezejax {arguments.command}: {describe(error)}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, _CALLER_IS_WRONG) else FAILED
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    text = " ".join(str(error).split())
+    known = isinstance(error, (*_CALLER_IS_WRONG, OSError, RuntimeError))
+    return text if known and text else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but errors take one line."""
+
+    def error(self, message):
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (try {self.prog} --help)\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and one column for all options."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=min(110, max(60, _columns())))
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
+    except (OSError, ValueError, AttributeError):
+        return 98
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line; after parsing, `arguments.run(arguments)` does the work."""
+    parser = _Parser("squeezejax", description=_INTRODUCTION, epilog=_FIRST_SESSION, formatter_class=_Help)
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_demo, _add_build, _add_ask, _add_info):
+        command = add(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _command(commands, name: str, summary: str, description: str, run):
+    command = commands.add_parser(name, help=summary, description=description, formatter_class=_Help)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_demo(commands):
+    command = _command(
+        commands,
+        "demo",
+        "a small built-in model answers questions about a long text: start here",
+        """\
+A small Llama that comes with squeezejax reads a made-up chronicle in which facts are hidden, and
+is asked for some of them: with dense attention, which reads every key of the text, and with the
+squeezed cache, which reads only the keys that matter to the question. Nothing is downloaded.
+
+  squeezejax demo
+  squeezejax demo --sparsity 0.95 --questions 12""",
+        _run("squeezejax.demo", "demo"),
+    )
+    command.add_argument("--sparsity", type=_fraction, default=_DEFAULTS.sparsity, help=_SPARSITY)
+    command.add_argument(
+        "--tokens", type=_at_least(200), help="length of the text in tokens (default: as long as the model is good at)"
+    )
+    command.add_argument("--questions", type=_at_least(1), default=6, help="how many to ask (default: 6)")
+    command.add_argument("--seed", type=int, default=0, help="another number, another text (default: 0)")
+    command.add_argument("--out", metavar="TREE", help="keep the squeezed text in this file, for `ask` and `info`")
+    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
+    return command
+
+
+def _add_build(commands):
+    command = _command(
+        commands,
+        "build",
+        "squeeze a text file once, for any number of questions",
+        """\
+Reads a text with the model, clusters the keys of every layer and head, and writes all that
+answering questions needs, besides the model, to one file. This takes as long as the model takes
+to read the text, and some more for the clusters; no question has to wait for that again.
+
+  squeezejax build --model ~/models/Llama-3.2-1B-Instruct --context book.txt --out book.tree
+
+The text becomes the beginning of the user's message in the model's chat template; white space
+at its ends is dropped. Memory: the model, and keys and values of the whole text.""",
+        _run("squeezejax.commands", "build"),
+    )
+    required = command.add_argument_group("required")
+    required.add_argument("--model", required=True, metavar="DIR", help=_MODEL)
+    required.add_argument("--context", required=True, metavar="FILE", help="the text, UTF-8")
+    required.add_argument("--out", required=True, metavar="TREE", help="file to write")
+    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the clustering's random start (default: 0)")
+    config = command.add_argument_group("how to squeeze")
+    config.add_argument(
+        "--cluster-fractions",
+        type=_fractions,
+        default=_DEFAULTS.cluster_fractions,
+        metavar="F,F",
+        help="clusters per key, coarse to fine; one number for a single level (default: 0.01,0.05)",
+    )
+    config.add_argument(
+        "--window",
+        type=_at_least(0),
+        default=_DEFAULTS.observation_window,
+        metavar="TOKENS",
+        help="last tokens of the text: always read, never clustered, and the measure of what matters "
+        f"(default: {_DEFAULTS.observation_window})",
+    )
+    config.add_argument(
+        "--sparsity",
+        type=_fraction,
+        default=_DEFAULTS.sparsity,
+        help="fraction of keys to drop unless `ask` says otherwise, 0 to 1 (default: 0.9)",
+    )
+    config.add_argument(
+        "--coarse-margin",
+        type=float,
+        default=_DEFAULTS.coarse_margin,
+        metavar="X",
+        help="the coarsest level keeps X times the keys wanted in the end (default: 4)",
+    )
+    config.add_argument(
+        "--query-block",
+        type=_count_or_none,
+        default=_DEFAULTS.query_block,
+        metavar="TOKENS",
+        help="tokens of a question that share one selection, or `none` for all of them (default: 128)",
+    )
+    config.add_argument(
+        "--kmeans-iterations", type=_at_least(0), default=_DEFAULTS.kmeans_iterations, metavar="N", help="(default: 7)"
+    )
+    config.add_argument(
+        "--kmeans-tolerance",
+        type=float,
+        default=_DEFAULTS.kmeans_tolerance,
+        metavar="X",
+        help="relative gain below which iterations stop early (default: 0)",
+    )
+    return command
+
+
+def _add_ask(commands):
+    command = _command(
+        commands,
+        "ask",
+        "ask questions of a squeezed text, or chat about it",
+        """\
+Answers appear as they are generated. Several questions are answered one by one, each from the
+text alone; --chat goes on as one conversation, in which every turn sees the earlier ones.
+
+  squeezejax ask --tree book.tree "Who tells the story?" "How does it end?"
+  squeezejax ask --tree book.tree --sparsity 0.95 --stats "Who tells the story?"
+  squeezejax ask --tree book.tree --chat""",
+        _run("squeezejax.commands", "ask"),
+    )
+    command.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes")
+    command.add_argument("--tree", required=True, metavar="TREE", help="what `build` wrote (required)")
+    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names)")
+    command.add_argument(
+        "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
+    )
+    command.add_argument("--sparsity", type=_fraction, help=_SPARSITY.replace("0.9", "as built"))
+    command.add_argument(
+        "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
+    )
+    command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
+    command.add_argument("--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="(default: 256)")
+    sampling = command.add_argument_group("random answers")
+    sampling.add_argument(
+        "--temperature", type=_not_negative, default=0.0, metavar="X", help="0 = always the likeliest token (default)"
+    )
+    sampling.add_argument("--top-k", type=_at_least(1), metavar="N", help="draw from the N likeliest tokens only")
+    sampling.add_argument(
+        "--top-p", type=_fraction, metavar="P", help="draw from the fewest tokens that have probability P together"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="another number, another answer (default: 0)")
+    return command
+
+
+def _add_info(commands):
+    command = _command(
+        commands,
+        "info",
+        "what a squeezed file holds",
+        """\
+Sizes, clusters, thresholds and notes of a file that `build` wrote; the model is not needed.
+
+  squeezejax info book.tree
+  squeezejax info --json book.tree""",
+        _run("squeezejax.info", "info"),
+    )
+    command.add_argument("tree", metavar="TREE", help="what `build` wrote")
+    command.add_argument("--json", action="store_true", help="for programs")
+    return command
+
+
+_MODEL = (
+    "checkpoint directory in Hugging Face layout (config.json, *.safetensors, tokenizer), or `embedded` for the "
+    "demo's model"
+)
+_SPARSITY = "fraction of keys to drop, 0 to 1 (default: 0.9)"
+
+
+def _run(module: str, name: str):
+    """A command's function, imported only when it runs: help should not wait for JAX."""
+
+    def run(arguments):
+        import importlib
+
+        return getattr(importlib.import_module(module), name)(arguments)
+
+    return run
+
+
+# ---- Kinds of arguments. argparse puts the option's name in front of these sentences.
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        hint = f"; for {value:g} % write {value / 100:g}" if 1 < value <= 100 else ""
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}{hint}")
+    return value
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(_fraction(part) for part in text.split(","))
+
+
+def _not_negative(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def _at_least(least: int):
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return parse
+
+
+def _count_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else _at_least(1)(text)

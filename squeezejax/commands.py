@@ -1,0 +1,280 @@
+"""What `build` and `ask` do with their parsed arguments. All that can fail cheaply fails before a model is loaded."""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from squeezejax import chat, models, storage
+from squeezejax.config import SqueezeConfig
+from squeezejax.generate import dense_generate
+from squeezejax.info import readable_bytes
+from squeezejax.models.config import parse_config
+from squeezejax.squeeze import squeeze
+from squeezejax.stream import Options, Session, pad
+from squeezejax.tree import Tree
+
+EMBEDDED = "embedded"  # the name of the demo's model, in place of a directory
+
+
+# ---- build
+
+
+def build(arguments):
+    """`squeezejax build`."""
+    context = read_context(arguments.context)
+    check_out(arguments.out, arguments.force, arguments.context)
+    config = SqueezeConfig(
+        cluster_fractions=arguments.cluster_fractions,
+        observation_window=arguments.window,
+        sparsity=arguments.sparsity,
+        coarse_margin=arguments.coarse_margin,
+        query_block=arguments.query_block,
+        kmeans_iterations=arguments.kmeans_iterations,
+        kmeans_tolerance=arguments.kmeans_tolerance,
+    )
+    folder = model_directory(arguments.model)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    ids, prompt = chat.split_prompt(tokenizer, context)
+    if len(ids) <= config.observation_window:
+        raise ValueError(
+            f"{arguments.context} has {len(ids)} tokens only, and the window takes {config.observation_window}: "
+            "nothing is left to squeeze; give a longer text or a smaller --window"
+        )
+    _check_vocabulary(ids, model_config)
+    _warn_of_length(len(ids), model_config)
+    started = time.perf_counter()
+    params = models.load(folder, dtype=arguments.dtype)
+    tree = squeeze(params, ids, config, key=jax.random.key(arguments.seed), progress=not arguments.quiet)
+    model = EMBEDDED if arguments.model == EMBEDDED else os.path.abspath(folder)
+    notes = {"model": model, "context": os.path.abspath(arguments.context), **prompt.to_notes()}
+    storage.save(arguments.out, tree, notes)
+    size = readable_bytes(os.path.getsize(arguments.out))
+    print(f"{arguments.out}: {len(ids):,} tokens squeezed in {time.perf_counter() - started:.1f} s, {size}")
+    print(f'ask with: squeezejax ask --tree {shlex.quote(arguments.out)} "…"')
+
+
+def read_context(path) -> str:
+    """The text in a file, without white space at its ends. Raises ValueError for one that is empty or not UTF-8."""
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x})") from error
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def check_out(path, force: bool, *inputs):
+    """Raises an error unless a tree may be written to path; a file that is there only with force, an input never."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file to write")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist, so nothing can be written to {path}")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"{target.parent} cannot be written to")
+    if target.exists():
+        if any(target.samefile(source) for source in inputs):
+            raise ValueError(f"{path} is the text itself; write to another file")
+        if not force:
+            raise ValueError(f"{path} exists; give --force to replace it")
+
+
+def model_directory(name: str) -> Path:
+    """The checkpoint directory that a user names."""
+    return Path(models.__file__).parent / "embedded" if name == EMBEDDED else Path(name).expanduser()
+
+
+def read_model_config(folder: Path):
+    """The `LlamaConfig` of a checkpoint directory, before any of its weights are looked at."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model directory at {folder}; models are not downloaded, give a local path")
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint directory")
+    try:
+        return parse_config(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_vocabulary(ids, model_config):
+    if max(ids) >= model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token id {max(ids)}, but the model knows only {model_config.vocab_size} tokens: "
+            "they do not belong together"
+        )
+
+
+def _warn_of_length(tokens: int, model_config):
+    longest = model_config.max_positions
+    if longest is not None and tokens > longest:
+        print(
+            f"squeezejax: warning: {tokens:,} tokens, but the model was trained for at most {longest:,}; "
+            "expect wrong answers",
+            file=sys.stderr,
+        )
+
+
+# ---- ask
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """All that answering needs, loaded."""
+
+    params: object
+    tree: Tree
+    tokenizer: object
+    prompt: chat.Prompt
+    options: Options
+    stats: bool
+
+
+def ask(arguments):
+    """`squeezejax ask`."""
+    _check_ask(arguments)
+    header = storage.read_header(arguments.tree)
+    prompt = chat.Prompt.from_notes(header.notes)
+    folder = _asked_model(arguments.model, header.notes)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    asked = [chat.question_ids(tokenizer, prompt, question) for question in arguments.questions]
+    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    tree = storage.load(arguments.tree, params)
+    longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
+    _warn_of_length(tree.context_length + longest, model_config)
+    options = Options(
+        max_new_tokens=arguments.max_new_tokens,
+        stop_tokens=chat.stop_tokens(tokenizer, params.config),
+        sparsity=arguments.sparsity,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    asking = _Asking(params, tree, tokenizer, prompt, options, arguments.stats)
+    if arguments.chat:
+        return _chat(asking, list(arguments.questions))
+    session = Session(params, tree, options)
+    for number, (question, ids) in enumerate(zip(arguments.questions, asked, strict=True)):
+        if len(asked) > 1:
+            print(("\n" if number else "") + f"> {question}")
+        if arguments.dense:
+            _answer_densely(asking, ids, number)
+        else:
+            session.restart()
+            _answer(asking, session, ids)
+
+
+def _check_ask(arguments):
+    if not arguments.questions and not arguments.chat:
+        raise ValueError("nothing to ask: give a question in quotes, or --chat")
+    if any(not question.strip() for question in arguments.questions):
+        raise ValueError("the question is empty")
+    if arguments.dense and arguments.sparsity is not None:
+        raise ValueError("--dense reads every key, so it has no --sparsity")
+    if arguments.dense and arguments.chat:
+        raise ValueError("--dense answers single questions only; for a chat that keeps every key give --sparsity 0")
+    if arguments.temperature == 0 and (arguments.top_k, arguments.top_p) != (None, None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0")
+    if arguments.top_p == 0:
+        raise ValueError("--top-p must be above 0")
+
+
+def _asked_model(model: str | None, notes: dict[str, str]) -> Path:
+    if model is not None:
+        return model_directory(model)
+    if "model" not in notes:
+        raise ValueError("the tree does not say which model made it: give --model")
+    folder = model_directory(notes["model"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the tree was made with the model in {folder}, which is gone: say with --model where")
+    return folder
+
+
+def _answer(asking: _Asking, session: Session, ids) -> str:
+    """Prints a reply as it comes, and returns its text."""
+    if asking.stats:
+        session.rehearse(ids)
+    stream = chat.Detokenizer(asking.tokenizer)
+    text = ""
+    for token in session.reply(ids):
+        text += _show(stream.push(token), first=not text)
+    text += _show(stream.flush(), first=not text)
+    print()
+    if asking.stats:
+        print(f"[{session.stats}]", file=sys.stderr)
+    return text
+
+
+def _show(piece: str, first: bool) -> str:
+    piece = piece.lstrip() if first else piece
+    print(piece, end="", flush=True)
+    return piece
+
+
+def _answer_densely(asking: _Asking, ids, number: int):
+    """Prints a reply that read every key. It comes whole: the baseline has one program for a whole reply."""
+    options = asking.options
+
+    def run():
+        generation = dense_generate(
+            asking.params,
+            asking.tree,
+            pad(ids),
+            lengths=np.array([len(ids)]),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop_tokens=options.stop_tokens,
+            key=jax.random.fold_in(jax.random.key(options.seed), number),
+        )
+        return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
+
+    if asking.stats:
+        run()  # so that the time below is not the compiler's
+    started = time.perf_counter()
+    tokens = run()
+    seconds = time.perf_counter() - started
+    print(chat.decode(asking.tokenizer, tokens).strip())
+    if asking.stats:
+        rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
+        print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
+
+
+def _chat(asking: _Asking, given: list[str]):
+    """One conversation: the questions given, then turns from the terminal until an empty line or its end."""
+    print("Every turn sees the earlier ones; an empty line ends the chat.", file=sys.stderr)
+    session = Session(asking.params, asking.tree, asking.options)
+    turns: list[tuple[str, str]] = []
+    while question := _next_turn(given):
+        ids = chat.conversation_ids(asking.tokenizer, asking.prompt, turns, question)
+        turns.append((question, _answer(asking, session, ids)))
+
+
+def _next_turn(given: list[str]) -> str:
+    """The next question, shown as if typed; an empty one at the end."""
+    if given:
+        question = given.pop(0)
+    elif sys.stdin.isatty():
+        try:
+            return input("you> ").strip()
+        except EOFError:
+            print()
+            return ""
+    else:
+        question = sys.stdin.readline().strip()
+    if question:
+        print(f"you> {question}", flush=True)
+    return question

@@ -1,0 +1,294 @@
+"""Squeezed Attention once more in NumPy float64, straight from shared/spec.md, and small cases to try it on.
+
+The oracle shares no helper with the library: clusters keep the numbers that the labels give them, keys stay in their
+original order, every sum runs over explicit Python lists of keys. Letters as in squeezejax/tree.py.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import squeezejax
+from squeezejax.models import Llama, LlamaConfig
+
+TIE = 1e-9  # log scores this close are one score, whatever order they were summed in; strictly above means beyond it
+LONG = np.longdouble  # its exponent reaches e±11356: scores at logits of several hundred do not underflow
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method, for one layer and one key/value head unless an axis says otherwise
+# ---------------------------------------------------------------------------------------------------------------------
+def ancestors(labels):
+    """Cluster of every key at every level, coarse → fine, from labels (coarse → fine, the last one of keys)."""
+    found = [np.asarray(labels[-1])]
+    for parents in reversed(labels[:-1]):
+        found.insert(0, np.asarray(parents)[found[0]])
+    return found
+
+
+def cluster_scores(keys, cluster, q, alive):
+    """log A of every key, and −∞ for keys outside `alive`: keys [S H], cluster i[S], q [M H], alive bool[S]."""
+    keys, q = np.asarray(keys, np.float64), np.asarray(q, np.float64)
+    members = {c: np.flatnonzero(cluster == c) for c in np.unique(cluster[alive])}
+    centroids = (
+        np.stack([keys[rows].mean(axis=0) for rows in members.values()]) if members else np.zeros((0, q.shape[1]))
+    )
+    sizes = np.array([len(rows) for rows in members.values()], LONG)
+    scores = (q @ centroids.T / np.sqrt(q.shape[1])).astype(LONG)
+    log_A = np.full(len(keys), -np.inf, LONG)
+    if members:
+        exp = np.exp(scores - scores.max())  # one maximum for all queries is enough at longdouble's range
+        A = (exp / (exp * sizes).sum(axis=1, keepdims=True)).mean(axis=0)
+        for rows, value in zip(members.values(), np.log(A), strict=True):
+            log_A[rows] = value
+    return log_A
+
+
+def descend(keys, labels, q, log_T):
+    """(log A [S] of every level, kept bool[S] of every level), coarse → fine; thresholds log_T, one a level."""
+    alive, scores, kept = np.ones(len(keys), bool), [], []
+    for cluster, threshold in zip(ancestors(labels), log_T, strict=True):
+        scores.append(cluster_scores(keys, cluster, q, alive))
+        alive = alive & (scores[-1] > threshold + TIE)
+        kept.append(alive)
+    return scores, kept
+
+
+def thresholds(keys, labels, queries, sparsity, margin):
+    """log T of every level at `sparsity`: keys [L K S H], labels [L K …] a level, queries [L N W H]."""
+    L, K, _, _ = keys.shape
+    levels = len(labels)
+    log_T = []
+    for depth in range(levels):
+        wanted = 1 - sparsity
+        if depth < levels - 1:  # a geometric series of margins from the coarsest, which has all of it, to the finest
+            wanted = min(1, wanted * margin ** ((levels - 1 - depth) / (levels - 1)))
+            if wanted == 1:
+                log_T.append(-np.inf)
+                continue
+        pool = []
+        for layer in range(L):
+            for head in range(K):
+                own = [entry[layer, head] for entry in labels[: depth + 1]]
+                # Levels below `depth` play no part: a key's cluster at `depth` is all that its score needs.
+                full = ancestors([entry[layer, head] for entry in labels])
+                q = grouped(queries[layer], K)[head]
+                alive = np.ones(keys.shape[2], bool)
+                for level in range(len(own)):
+                    score = cluster_scores(keys[layer, head], full[level], q, alive)
+                    if level < depth:
+                        alive = alive & (score > log_T[level] + TIE)
+                pool.append(score)
+        T = np.quantile(np.exp(np.concatenate(pool)), LONG(1 - wanted))
+        log_T.append(float(np.log(T)) if T > 0 else -np.inf)  # 0 where a level above cut more than this one has to
+    return np.array(log_T)
+
+
+def grouped(q, K):
+    """q [N … H] -> K blocks of rows [M H]: the query heads that share a key/value head, all tokens."""
+    return np.asarray(q, np.float64).reshape(K, -1, q.shape[-1])
+
+
+def attention(q, keys, values):
+    """Softmax attention of one query [H] over an explicit set of keys, values [n H] -> (out [H], lse)."""
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    scores = keys @ q / np.sqrt(len(q))
+    top = scores.max()
+    weights = np.exp(scores - top)
+    return weights @ values / weights.sum(), top + np.log(weights.sum())
+
+
+def attend(case, layer, q, k, v, start, masks):
+    """Attention of q [T N H], rows `start` on of the user cache k, v [T' K H], over the keys that masks name.
+
+    masks: bool[K S] for every token [T]. -> (out [T N H], lse [T N]).
+    """
+    T, N, _ = q.shape
+    G = N // case.K
+    out, lse = np.zeros(q.shape), np.zeros((T, N))
+    for t in range(T):
+        for n in range(N):
+            head = n // G
+            seen = np.concatenate([masks[t][head], np.ones(case.W, bool)])
+            keys = np.concatenate([case.keys[layer, head][seen], k[: start + t + 1, head]])
+            values = np.concatenate([case.values[layer, head][seen], v[: start + t + 1, head]])
+            out[t, n], lse[t, n] = attention(q[t, n], keys, values)
+    return out, lse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A context as NumPy arrays (exactly representable in `dtype`), its labels, and the tree made of it."""
+
+    keys: np.ndarray  # f32[L K S+W H]
+    values: np.ndarray
+    labels: tuple  # coarse → fine
+    queries: np.ndarray  # f32[L N Q H], for calibration
+    config: squeezejax.SqueezeConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def K(self):  # noqa: N802 - an axis letter
+        return self.keys.shape[1]
+
+    @property
+    def W(self):  # noqa: N802 - an axis letter
+        return self.config.observation_window
+
+    @property
+    def clustered(self):
+        """keys [L K S H], without the window."""
+        return self.keys[:, :, : self.keys.shape[2] - self.W]
+
+    @functools.cached_property
+    def uncalibrated(self):
+        cast = lambda x: jnp.asarray(x, self.dtype)
+        return squeezejax.build_tree(cast(self.keys), cast(self.values), self.config, labels=self.labels)
+
+    @functools.cached_property
+    def tree(self):
+        return squeezejax.calibrate(self.uncalibrated, jnp.asarray(self.queries, self.dtype))
+
+    def thresholds(self, sparsity):
+        return thresholds(self.clustered, self.labels, self.queries, sparsity, self.config.coarse_margin)
+
+    def head_labels(self, layer, head):
+        return [entry[layer, head] for entry in self.labels]
+
+    def key_mask(self, layer, q, log_T):
+        """(bool[K S] kept keys for q [T N H], the smallest distance of a live score from its threshold)."""
+        masks, gap = [], np.inf
+        for head, rows in enumerate(grouped(q.swapaxes(0, 1), self.K)):
+            scores, kept = descend(self.clustered[layer, head], self.head_labels(layer, head), rows, log_T)
+            masks.append(kept[-1])
+            for score, threshold in zip(scores, log_T, strict=True):
+                gap = min(gap, np.abs(score[np.isfinite(score)] - threshold).min(initial=np.inf))
+        return np.stack(masks), float(gap)
+
+
+def cutting_thresholds(case, layer, q, fractions):
+    """log T of every level that lie among the scores of q [T N H], halfway between two, so that every level cuts some.
+
+    `fractions`: how far up among its distinct scores each level cuts.
+    """
+    log_T = []
+    for depth, fraction in enumerate(fractions):
+        scores = []
+        for head, rows in enumerate(grouped(q.swapaxes(0, 1), case.K)):
+            open_below = [*log_T, *[-np.inf] * (len(fractions) - depth)]
+            found, _ = descend(case.clustered[layer, head], case.head_labels(layer, head), rows, open_below)
+            scores.append(found[depth][np.isfinite(found[depth])])
+        pool = np.unique(np.concatenate(scores))
+        if not len(pool):
+            return np.array([*log_T, *[0.0] * (len(fractions) - depth)])
+        at = int(fraction * (len(pool) - 1))
+        log_T.append(float((pool[at] + pool[min(at + 1, len(pool) - 1)]) / 2))
+    return np.float32(log_T)
+
+
+def make_case(
+    seed=0,
+    *,
+    clusters=(4, 12),
+    L=2,
+    K=2,
+    G=2,
+    S=60,
+    W=5,
+    H=6,
+    Q=None,
+    scale=1.0,
+    empty=0.25,
+    dtype=jnp.float32,
+    **config,
+):
+    """A random case; `clusters`: C of each level, coarse → fine, of which a fraction `empty` may have no keys."""
+    rng = np.random.default_rng(seed)
+    to_dtype = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
+    # Keys of a few directions, so that clusters differ, and random labels, so that nothing relies on K-means.
+    keys = to_dtype(scale * (rng.normal(size=(L, K, 1, H)) + rng.normal(size=(L, K, S + W, H))))
+    values = to_dtype(rng.normal(size=keys.shape))
+    Q = W if Q is None else Q
+    queries = to_dtype(rng.normal(size=(L, K * G, Q, H)))
+    labels = []
+    for C, below in zip(clusters, (*clusters[1:], S), strict=True):
+        used = rng.permutation(C)[: max(1, round(C * (1 - empty)))]
+        entry = used[rng.integers(0, len(used), (L, K, below))]
+        entry[0, 0, 0] = C - 1  # or else the coarsest level would have fewer clusters
+        labels.append(entry)
+    fractions = tuple((i + 1) / (len(clusters) + 1) for i in range(len(clusters)))  # only their number matters
+    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W, **config)
+    return Case(keys, values, tuple(labels), queries, config, dtype)
+
+
+def spread_rows(tree, seed=0):
+    """The same tree with its finest clusters in another order in memory and padding rows of garbage between them."""
+    rng = np.random.default_rng(seed)
+    fine = tree.levels[-1]
+    starts, counts = np.asarray(fine.starts), np.asarray(fine.counts)
+    L, K, C = starts.shape
+    S = tree.keys.shape[2]
+    room = S + 3 * C + 2
+    keys, values = (np.full((L, K, room, tree.keys.shape[3]), 1e3, np.float32) for _ in range(2))
+    order, moved = np.full((L, K, room), -1, np.int32), np.zeros_like(starts)
+    for at in np.ndindex(L, K):
+        row = 2
+        for c in rng.permutation(C):
+            n, old = counts[at][c], starts[at][c]
+            keys[at][row : row + n] = tree.keys[at][old : old + n]
+            values[at][row : row + n] = tree.values[at][old : old + n]
+            order[at][row : row + n] = tree.order[at][old : old + n]
+            moved[at][c] = row
+            row += n + rng.integers(0, 4)
+    level = dataclasses.replace(fine, starts=jnp.asarray(moved))
+    arrays = {"keys": jnp.asarray(keys, tree.keys.dtype), "values": jnp.asarray(values, tree.values.dtype)}
+    return dataclasses.replace(tree, **arrays, order=jnp.asarray(order), levels=(*tree.levels[:-1], level))
+
+
+def user_tokens(case, seed=0, *, B=2, T=3, room=7, G=2, scale=1.0, dtype=None):
+    """Random q [B T N H] and a user cache k, v [B room K H] for a case, rounded to its dtype."""
+    rng = np.random.default_rng([seed, 1])
+    H, dtype = case.keys.shape[3], dtype or case.dtype
+    to_dtype = lambda x: np.asarray(jnp.asarray(x, dtype), np.float32)
+    q = to_dtype(scale * rng.normal(size=(B, T, case.K * G, H)))
+    k, v = (to_dtype(rng.normal(size=(B, room, case.K, H))) for _ in range(2))
+    return q, k, v
+
+
+def make_model(seed=0, *, sharpness=3.0, dtype=jnp.float32, **changes):
+    """A small random Llama whose attention is sharp enough that what it attends to changes its answers."""
+    sizes = {
+        "vocab_size": 31,
+        "model_dim": 16,
+        "mlp_dim": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+    }
+    config = LlamaConfig(**(sizes | changes))
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=dtype))
+
+    def weight(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "norm" in name:
+            return jnp.asarray(1 + 0.1 * rng.normal(size=leaf.shape), dtype)
+        spread = sharpness if "query" in name else 1.5
+        return jnp.asarray(spread * rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[-1]), dtype)
+
+    return jax.tree_util.tree_map_with_path(weight, shapes)
+
+
+# `attend` and `select` as programs that compile once per shape.
+attend_jit = jax.jit(squeezejax.attend, static_argnames="implementation")
+select_jit = jax.jit(squeezejax.select)
+mask_jit = jax.jit(
+    lambda tree, q, layer, log_T: squeezejax.select(tree, q, layer=layer, log_thresholds=log_T).key_mask(tree)
+)

@@ -1,0 +1,282 @@
+"""The command line: arguments, the one line that an error takes, and build → info → ask → chat on a tiny checkpoint."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import torch
+from chat_models import CHATML, CONTEXT, make_tokenizer
+from torch_models import make_model
+
+from squeezejax import SqueezeConfig, build_tree, chat, cli, commands, demo, info, storage
+from squeezejax.chat import assistant, user
+
+QUESTION = "What is the passcode of Amber Falcon?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with a ChatML tokenizer, a text and a tree of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = make_tokenizer("llama3", CHATML)
+    tokenizer.save_pretrained(folder / "model")
+    _model(len(tokenizer)).save_pretrained(folder / "model")
+    other = make_model("llama", vocab_size=len(tokenizer), seed=1)
+    other.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    (folder / "text.txt").write_text(CONTEXT + "\n", encoding="utf-8")
+    assert _build(folder, "text.tree") == 0
+    return folder
+
+
+def _model(vocab_size):
+    return make_model("llama", vocab_size=vocab_size, max_position_embeddings=2048, eos_token_id=1)
+
+
+def _build(folder, out, *extra):
+    files = f"build --model {folder}/model --context {folder}/text.txt --out {folder}/{out}"
+    return cli.main([*f"{files} --window 8 --cluster-fractions 0.05,0.2 --quiet".split(), *extra])
+
+
+def _reference(tokenizer, messages, count):
+    """The reply of transformers' own model, given the whole conversation."""
+    ids = chat.whole_prompt_ids(tokenizer, messages)
+    options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 1}
+    made = _model(len(tokenizer)).generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+    return chat.decode(tokenizer, made[0, len(ids) :].tolist())
+
+
+# ---- The whole way
+
+
+def test_build_says_what_it_wrote(folder, capsys):
+    assert _build(folder, "again.tree", "--seed", "0") == 0
+    out, err = capsys.readouterr()
+    assert "tokens squeezed in" in out
+    assert f"squeezejax ask --tree {folder}/again.tree" in out
+    assert err == ""
+    assert (folder / "again.tree").read_bytes() == (folder / "text.tree").read_bytes()
+
+
+def test_answers_are_those_of_the_whole_prompt(folder, capsys):
+    """At sparsity 0 a question over the tree is a question over the whole rendered prompt."""
+    tokenizer = chat.load_tokenizer(folder / "model")
+    questions = (QUESTION, "Why 7?")
+    arguments = ["ask", "--tree", f"{folder}/text.tree", "--max-new-tokens", "10", *questions]
+    assert cli.main([*arguments, "--sparsity", "0"]) == 0
+    squeezed = capsys.readouterr().out
+    expected = [_reference(tokenizer, [user(f"{CONTEXT}\n\n{question}")], 10) for question in questions]
+    shown = [f"> {question}\n{reply.lstrip()}\n" for question, reply in zip(questions, expected, strict=True)]
+    assert squeezed == "\n".join(shown)
+    assert cli.main([*arguments, "--dense", "--stats"]) == 0
+    dense, stats = capsys.readouterr()
+    assert dense.split() == squeezed.split()
+    assert stats.count("every key read") == 2
+
+
+def test_chat_sees_earlier_turns(folder, capsys, monkeypatch):
+    tokenizer = chat.load_tokenizer(folder / "model")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why 7?\nHow many?\n\nnot asked\n"))
+    arguments = ["ask", "--tree", f"{folder}/text.tree", "--chat", "--sparsity", "0", "--max-new-tokens", "10"]
+    assert cli.main([*arguments, "--stats", QUESTION]) == 0
+    out, err = capsys.readouterr()
+    messages, shown = [user(f"{CONTEXT}\n\n{QUESTION}")], ""
+    for question in (QUESTION, "Why 7?", "How many?"):
+        if question != QUESTION:
+            messages.append(user(question))
+        reply = _reference(tokenizer, messages, 10)
+        shown += f"you> {question}\n{reply.lstrip()}\n"
+        messages.append(assistant(reply.strip()))
+    assert out == shown
+    assert err.count("keys of the context kept: 100.0% in replying") == 3
+
+
+def test_sampling_repeats_with_its_seed(folder, capsys):
+    def answer(*extra):
+        sampling = ("--temperature", "2", "--top-k", "50", "--top-p", "0.95", "--max-new-tokens", "8")
+        assert cli.main(["ask", "--tree", f"{folder}/text.tree", *sampling, *extra, QUESTION]) == 0
+        return capsys.readouterr().out
+
+    assert answer() == answer() != answer("--seed", "1")
+
+
+def test_info(folder, capsys):
+    assert cli.main(["info", f"{folder}/text.tree", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    tree = storage.load(folder / "text.tree")
+    assert content["tokens"] == tree.context_length
+    assert [level["clusters"] for level in content["levels"]] == [level.counts.shape[2] for level in tree.levels]
+    assert content["notes"]["model"] == f"{folder}/model"
+    assert content["config"]["observation_window"] == content["window"] == 8
+    assert len(content["log_thresholds"]["0.9"]) == 2
+    assert cli.main(["info", f"{folder}/text.tree"]) == 0
+    text = capsys.readouterr().out
+    assert f"{tree.context_length} tokens: {tree.num_keys} clustered, then a window of 8" in text
+    assert all(len(line) < 120 for line in text.splitlines() if "=" not in line)
+
+
+def test_info_of_a_tree_that_is_not_calibrated(tmp_path):
+    keys = jax.random.normal(jax.random.key(0), (2, 2, 40, 4))
+    config = SqueezeConfig(cluster_fractions=(0.2,), observation_window=0)
+    labels = (np.broadcast_to(np.arange(40, dtype=np.int32) // 5, (2, 2, 40)),)
+    storage.save(tmp_path / "bare.tree", build_tree(keys, keys, config, labels=labels))
+    assert info.describe_tree(tmp_path / "bare.tree")["log_thresholds"] is None
+    assert cli.main(["info", f"{tmp_path}/bare.tree"]) == 0
+    with pytest.raises(ValueError, match="no notes on its prompt"):
+        chat.Prompt.from_notes(storage.read_header(tmp_path / "bare.tree").notes)
+
+
+def test_as_a_program(folder):
+    """One real process: the console's own entry, its exit code, and a reader that goes away."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "squeezejax", "info", f"{folder}/text.tree"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=120, check=False)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (cli.BROKEN_PIPE, b"")
+
+
+# ---- Errors take one line
+
+BUILD = "build --model {0}/model --context {0}/text.txt --out {0}/new.tree"
+ASK = "ask --tree {0}/text.tree"
+WRONG = {
+    "no such command": ("paint", "invalid choice: 'paint'"),
+    "nothing required": ("build", "--model, --context, --out"),
+    "no text": (BUILD.replace("text.txt", "nope.txt"), "nope.txt: No such file"),
+    "empty text": (BUILD.replace("text.txt", "empty.txt"), "empty.txt is empty"),
+    "not UTF-8": (BUILD.replace("text.txt", "bytes.txt"), "bytes.txt is not UTF-8 text (byte 3 is 0xff)"),
+    "short text": (BUILD.replace("text.txt", "short.txt"), "nothing is left to squeeze"),
+    "no model": (BUILD.replace("/model", "/nope"), "no model directory at"),
+    "not a model": (BUILD.replace("/model", ""), "has no config.json"),
+    "tree exists": (BUILD.replace("new.tree", "text.tree"), "text.tree exists; give --force"),
+    "out is the text": (BUILD.replace("new.tree", "text.txt") + " --force", "is the text itself"),
+    "out is a directory": (BUILD.replace("/new.tree", ""), "is a directory"),
+    "out nowhere": (BUILD.replace("new.tree", "no/new.tree"), "no does not exist"),
+    "sparsity no number": (BUILD + " --sparsity many", "--sparsity: must be a number, got 'many'"),
+    "sparsity in percent": (BUILD + " --sparsity 90", "for 90 % write 0.9"),
+    "fractions": (BUILD + " --cluster-fractions 0.1,0.05", "must increase from coarse to fine"),
+    "window": (BUILD + " --window -1", "--window: must be at least 0"),
+    "margin": (BUILD + " --coarse-margin 0.5", "coarse_margin must be at least 1"),
+    "tree missing": ("ask --tree {0}/nope.tree hello", "nope.tree: No such file"),
+    "not a tree": ("ask --tree {0}/text.txt hello", "is not a squeezejax tree file"),
+    "cut tree": ("ask --tree {0}/cut.tree hello", "cut.tree is cut"),
+    "another model": (ASK + " --model {0}/other hello", "made by another model"),
+    "model gone": (ASK + " --model {0}/nope hello", "no model directory at"),
+    "empty question": (ASK + " _", "the question is empty"),
+    "no question": (ASK, "nothing to ask"),
+    "dense chat": (ASK + " --dense --chat", "--dense answers single questions only"),
+    "dense sparsity": (ASK + " --dense --sparsity 0.5 hello", "has no --sparsity"),
+    "top-k alone": (ASK + " --top-k 5 hello", "need a --temperature above 0"),
+    "top-p": (ASK + " --temperature 1 --top-p 0 hello", "--top-p must be above 0"),
+    "temperature": (ASK + " --temperature -1 hello", "--temperature: must be at least 0"),
+    "no tokens": (ASK + " --max-new-tokens 0 hello", "--max-new-tokens: must be at least 1"),
+    "info of a text": ("info {0}/text.txt", "is not a squeezejax tree file"),
+    "info of a directory": ("info {0}", "Is a directory"),
+    "demo too short": ("demo --tokens 20", "--tokens: must be at least 200"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(folder):
+    (folder / "empty.txt").write_bytes(b"\xef\xbb\xbf \n")
+    (folder / "bytes.txt").write_bytes(b"abc\xff")
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "cut.tree").write_bytes((folder / "text.tree").read_bytes()[:-100])
+    return folder
+
+
+@pytest.mark.parametrize(("line", "sentence"), WRONG.values(), ids=WRONG)
+def test_wrong_input(line, sentence, broken, capsys):
+    arguments = [" " if part == "_" else part.format(broken) for part in line.split()]
+    try:
+        code = cli.main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1)
+    assert err.startswith("squeezejax")
+    assert sentence in err
+    assert not (broken / "new.tree").exists()
+
+
+FAILURES = {
+    "failure": (RuntimeError("out of device\nmemory"), cli.FAILED, "squeezejax info: out of device memory\n"),
+    "bug": (KeyError("x"), cli.FAILED, "squeezejax info: KeyError: 'x' (--debug shows where)\n"),
+    "memory": (MemoryError(), cli.FAILED, "squeezejax info: out of memory\n"),
+    "disk": (OSError(28, "No space left on device"), cli.FAILED, "squeezejax info: No space left on device\n"),
+    "interrupted": (KeyboardInterrupt(), cli.INTERRUPTED, "\nsqueezejax: interrupted\n"),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "line"), FAILURES.values(), ids=FAILURES)
+def test_failures(error, code, line, capsys, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(info, "info", fail)
+    assert cli.main(["info", "x"]) == code
+    assert capsys.readouterr().err == line
+    if code == cli.FAILED:
+        assert cli.main(["info", "x", "--debug"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["build"], ["ask"], ["info"]])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "\n  squeezejax " in text  # an example line
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_without_a_command(capsys):
+    assert cli.main([]) == 0
+    assert "a first session" in capsys.readouterr().out
+
+
+def test_warning_of_a_context_that_is_too_long(capsys):
+    commands._warn_of_length(11, SimpleNamespace(max_positions=10))
+    assert "trained for at most 10" in capsys.readouterr().err
+    commands._warn_of_length(11, SimpleNamespace(max_positions=None))
+    assert capsys.readouterr().err == ""
+
+
+# ---- The demo's parts
+
+
+def test_facts_are_spread():
+    assert demo.choose_facts(list(range(10)), 5) == [1, 3, 5, 7, 9]
+    assert demo.choose_facts(list(range(3)), 5) == [0, 1, 2]
+    assert demo.choose_facts(list(range(7)), 1) == [3]
+
+
+def test_summary_says_what_was_measured():
+    dense = [demo.Answer("yes", True, 1.0, 10, 0.02), demo.Answer("no", True, 1.0, 10, 0.02)]
+    squeezed = [demo.Answer("yes", True, 0.1, 10, 0.04), demo.Answer("so", False, 0.2, 10, 0.04)]
+    text = demo.summarize(dense, squeezed, 3996, 100)
+    assert "dense 2 of 2, squeezed 1 of 2; the same words in 1 of 2" in text
+    assert "dense all 3,996, squeezed 15.0%" in text
+    assert "dense 2.00 ms, squeezed 4.00 ms: squeezed was 2.00 times as slow" in text
+    assert "2.00 times as fast" in demo.summarize(squeezed, dense, 3996, 100)
+
+
+@pytest.mark.skipif(
+    not (commands.model_directory(commands.EMBEDDED) / "model.safetensors").exists(), reason="no embedded weights"
+)
+def test_demo(tmp_path, capsys):
+    arguments = ["--tokens", "300", "--questions", "2", "--sparsity", "0.5", "--out", f"{tmp_path}/demo.tree"]
+    assert cli.main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "right answers   dense 2 of 2, squeezed" in out
+    assert out.count("keys read 100.0%") == 2
+    assert (tmp_path / "demo.tree").exists()

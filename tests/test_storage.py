@@ -1,0 +1,599 @@
+"""Tree files: bit-equal round trips, damage of every kind, and saves that fail or are killed."""
+
+import copy
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tracemalloc
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import squeezejax
+from squeezejax import SqueezeConfig, TreeFileError, load, read_header, save, storage, storage_header
+
+REASON = re.compile(r"is (cut|altered|not a|of version)|cannot be used")
+HASH = np.arange(32, dtype=np.uint8)
+
+
+def make_tree(dtype=jnp.float32, fractions=(0.1, 0.3), window=3, calibrated=True, tokens=23):
+    """A tree of 2 layers and 2 heads; its table of thresholds is a small one, so that files are small."""
+    config = SqueezeConfig(cluster_fractions=fractions, observation_window=window, sparsity=0.7)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 2, 2, tokens, 4))
+    sizes = (*config.num_clusters(tokens - window), tokens - window)
+    labels = (np.arange(below) * 7 % above for above, below in itertools.pairwise(sizes))  # K-means is slow to compile
+    labels = tuple(np.broadcast_to(entry, (2, 2, len(entry))) for entry in labels)
+    tree = squeezejax.build_tree(keys, values, config, labels=labels)
+    floats = {name: getattr(tree, name).astype(dtype) for name in ("keys", "values", "window_keys", "window_values")}
+    tree = dataclasses.replace(tree, **floats)
+    if not calibrated:
+        return tree
+    return dataclasses.replace(
+        tree,
+        sparsities=jnp.array([0.0, 0.5, 1.0]),
+        thresholds=jnp.tile(jnp.array([-jnp.inf, -3.25, -1.5]), (len(fractions), 1)),
+        fingerprint="0123abcd",
+        context_hash=jnp.asarray(HASH),
+    )
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return make_tree()
+
+
+@pytest.fixture(scope="module")
+def saved(tree, tmp_path_factory):
+    """The bytes of a saved tree."""
+    path = tmp_path_factory.mktemp("saved") / "a.tree"
+    save(path, tree, {"model": "a/b"})
+    return path.read_bytes()
+
+
+def assert_same(loaded, tree, static=True):
+    """Bit-equal leaves, and equal static fields."""
+    assert not static or jax.tree.structure(loaded) == jax.tree.structure(tree)
+    leaves = jax.tree.leaves(loaded), jax.tree.leaves(tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(*leaves)
+    for one, other in zip(*leaves, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def refusal(path, params=None):
+    """The sentence with which a file is refused."""
+    with pytest.raises(TreeFileError) as error:
+        load(path, params)
+    sentence = str(error.value)
+    assert sentence.startswith(str(path))
+    assert REASON.match(sentence[len(str(path)) + 1 :]), sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def head_of(data):
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def sealed(text: bytes, data: bytes):
+    """A file whose header has a valid checksum, whatever else it says."""
+    return storage_header.seal(len(text).to_bytes(8, "little") + text) + data
+
+
+def edited(saved, edit):
+    """The file with `edit` done to its header's content, and sealed again."""
+    content = json.loads(saved[8 : head_of(saved)])
+    edit(content)
+    return sealed(json.dumps(content, separators=(",", ":")).encode(), saved[head_of(saved) :])
+
+
+# ---- Round trips
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("fractions", [(0.2,), (0.05, 0.2, 0.5)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_round_trip(tmp_path, dtype, fractions, calibrated):
+    tree = make_tree(dtype, fractions, calibrated=calibrated)
+    save(tmp_path / "a.tree", tree)
+    loaded = load(tmp_path / "a.tree")
+    assert_same(loaded, tree)
+    assert loaded.config == tree.config
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_round_trip_of_odd_shapes(tmp_path, window):
+    """No window or one token of it, and dead clusters (labels that skip numbers), in a str path."""
+    keys = jax.random.normal(jax.random.key(1), (1, 1, 5 + window, 3)).astype(jnp.bfloat16)
+    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=window)
+    tree = squeezejax.build_tree(keys, keys, config, labels=(np.array([[[0, 6, 6, 2, 0]]]),))
+    save(str(tmp_path / "a"), tree)
+    assert_same(load(str(tmp_path / "a")), tree)
+
+
+def test_round_trip_of_squeezed_context(tmp_path):
+    """What `calibrate` writes passes the checks, as do padding rows and levels whose runs are not in row order."""
+    tree = squeezejax.calibrate(make_tree(calibrated=False), jax.random.normal(jax.random.key(2), (2, 4, 5, 4)))
+    pad = lambda rows, value=0: jnp.pad(
+        rows, [(0, 0), (0, 0), (2, 3)] + [(0, 0)] * (rows.ndim - 3), constant_values=value
+    )
+    levels = tuple(dataclasses.replace(level, starts=level.starts + 2) for level in tree.levels)
+    fine = levels[-1]
+    flipped = [jnp.flip(getattr(fine, name), axis=2) for name in ("centroids", "counts", "starts", "parents")]
+    tree = dataclasses.replace(
+        tree,
+        keys=pad(tree.keys),
+        values=pad(tree.values),
+        order=pad(tree.order, -1),
+        levels=(levels[0], squeezejax.Level(*flipped)),
+    )
+    save(tmp_path / "a", tree)
+    assert_same(load(tmp_path / "a"), tree)
+
+
+def test_readable_by_safetensors(tmp_path, tree):
+    save(tmp_path / "a.safetensors", tree)
+    tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(tensors["keys"], tree.keys)
+    np.testing.assert_array_equal(tensors["levels.1.centroids"], tree.levels[1].centroids)
+    np.testing.assert_array_equal(tensors["thresholds"], tree.thresholds)
+    level = {f"levels.{i}.{name}" for i in (0, 1) for name in ("centroids", "counts", "starts", "parents")}
+    rows = {"keys", "values", "order", "window_keys", "window_values", "sparsities", "thresholds"}
+    assert set(tensors) == rows | level
+    save(tmp_path / "a.safetensors", make_tree(jnp.bfloat16, calibrated=False))
+    with safe_open(tmp_path / "a.safetensors", "numpy") as file:
+        assert file.metadata()["version"] == "1"
+        assert file.get_slice("keys").get_dtype() == "BF16"
+        assert not {"thresholds", "sparsities"} & set(file.keys())
+
+
+def test_header(tmp_path, tree):
+    notes = {"model": "/models/ü", "suffix": '<|eot|>\n"}\\', "": "\ud800"}  # as an undecodable path has them
+    config = dataclasses.replace(tree.config, sparsity=np.float32(0.7), kmeans_tolerance=np.float64(0.1))
+    save(tmp_path / "a", dataclasses.replace(tree, config=config), notes)
+    header = read_header(tmp_path / "a")
+    assert header.notes == notes
+    assert (header.version, header.config, header.num_keys) == (1, config, 20)
+    assert (header.fingerprint, header.context_hash) == ("0123abcd", HASH.tobytes().hex())
+    assert header.tensors["keys"].shape == (2, 2, 20, 4)
+    assert header.tensors["keys"].dtype == np.float32
+    assert header.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) - HASH.nbytes
+
+
+def test_load_holds_one_copy(tmp_path):
+    """NumPy's memory, which tracemalloc sees, peaks at the arrays that JAX takes over: no second copy anywhere."""
+    tree = make_tree(fractions=(0.0001,), tokens=100_000)
+    save(tmp_path / "a", tree)
+    size = os.path.getsize(tmp_path / "a")
+    jax.block_until_ready(load(tmp_path / "a"))
+    tracemalloc.start()
+    loaded = load(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 14e6
+    assert peak < 1.3 * size  # the checks of order, a layer at a time, take their part
+    assert_same(loaded, tree)
+
+
+def test_loaded_tree_is_independent_of_its_file(tmp_path, tree):
+    save(tmp_path / "a", tree)
+    loaded = load(tmp_path / "a")
+    with open(tmp_path / "a", "r+b") as file:
+        file.write(bytes(os.path.getsize(tmp_path / "a")))
+    assert_same(loaded, tree)
+
+
+def test_mapped_tensors_reach_jax(tmp_path, tree, monkeypatch):
+    """What accelerators do: the map itself is handed over."""
+    monkeypatch.setattr(storage, "_aligned_copy", lambda mapped: mapped)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        save(tmp_path / "a", make_tree(dtype))
+        assert_same(load(tmp_path / "a"), make_tree(dtype))
+
+
+# ---- Damage
+
+
+def damage(data: bytes, rng) -> bytes:
+    """One accident: flipped bits, a lost or doubled piece, zeros, garbage, an end cut off or added."""
+    at = int(rng.integers(len(data)))
+    end = min(len(data), at + int(rng.integers(1, 200)))
+    kind = rng.integers(8)
+    if kind == 0:
+        flipped = bytearray(data)
+        for i in rng.integers(len(data), size=rng.integers(1, 4)):
+            flipped[i] ^= 1 << int(rng.integers(8))
+        return bytes(flipped)
+    other = int(rng.integers(len(data)))
+    pieces = {
+        1: data[:at],
+        2: data[:at] + bytes(end - at) + data[end:],
+        3: data[:at] + rng.bytes(end - at) + data[end:],
+        4: data[:at] + rng.bytes(end - at) + data[at:],
+        5: data[:at] + data[end:],
+        6: data[:at] + data[other : other + end - at] + data[at + len(data[other : other + end - at]) :],
+        7: data + rng.bytes(end - at),
+    }
+    return pieces[int(kind)]
+
+
+def rewrite(path, data):
+    """As write_bytes, in place: emptying a file first makes ext4 wait for the disk, thousands of times here."""
+    with open(path, "r+b" if path.exists() else "wb") as file:
+        file.write(data)
+        file.truncate()
+
+
+def assert_refused_or_same(path, data, tree, saved):
+    rewrite(path, data)
+    if data == saved:
+        assert_same(load(path), tree)
+    else:
+        refusal(path)
+
+
+def test_any_flipped_bit_is_found(tmp_path, tree, saved):
+    """Every bit of the length and of the header's beginning, one of every header byte and of every third later one."""
+    bits = [(i, bit) for i in range(100) for bit in range(8)]
+    bits += [(i, i % 8) for i in (*range(100, head_of(saved)), *range(head_of(saved), len(saved), 3))]
+    for i, bit in bits:
+        flipped = bytearray(saved)
+        flipped[i] ^= 1 << bit
+        assert_refused_or_same(tmp_path / "a", flipped, tree, saved)
+
+
+def test_any_cut_is_found(tmp_path, saved):
+    for size in (*range(head_of(saved)), *range(head_of(saved), len(saved), 5)):
+        rewrite(tmp_path / "a", saved[:size])
+        sentence = refusal(tmp_path / "a")
+        assert "is cut" in sentence
+        if size >= head_of(saved):
+            assert f"{len(saved) - size} of its {len(saved)} bytes are missing" in sentence
+
+
+def test_random_damage_is_found(tmp_path, tree, saved):
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        data = saved
+        for _ in range(rng.integers(1, 3)):
+            data = damage(data, rng) or b"x"
+        assert_refused_or_same(tmp_path / "a", data, tree, saved)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=400))
+def test_random_bytes_are_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "random"
+    rewrite(path, data)
+    refusal(path)
+
+
+JUNK = [None, True, -1, 0, 7, 2**63, 10**4000, 1e308, float("nan"), "", "x", "7", "é\0", [], [[]], [0], {}, {"a": 1}]
+
+
+def edit_at_random(content, rng):
+    """Replaces, deletes, renames or adds one entry anywhere in the header, inside nested JSON too."""
+    metadata = content["__metadata__"]
+    inner = {name: json.loads(metadata[name]) for name in ("checksums", "config", "notes")}
+    objects = [content, metadata, *inner.values(), *(entry for name, entry in content.items() if name[0] != "_")]
+    place = objects[rng.integers(len(objects))]
+    kept = ("__metadata__", "format", "version", "header_crc32")  # else the file is foreign or altered, seen above
+    names = [name for name in place if name not in kept]
+    name = names[rng.integers(len(names))]
+    junk = copy.deepcopy(JUNK[rng.integers(len(JUNK))])
+    kind = rng.integers(5)
+    if kind == 0 and isinstance(place[name], list) and place[name]:
+        place[name][rng.integers(len(place[name]))] = junk
+    elif kind == 1:
+        del place[name]
+    elif kind == 2:
+        place[name + "_"] = place.pop(name)
+    elif kind == 3:
+        place["extra"] = junk
+    else:
+        place[name] = junk
+    for name, value in inner.items():
+        if name in metadata and isinstance(metadata[name], str) and place is value:
+            metadata[name] = json.dumps(value)
+
+
+def test_sealed_header_edits_change_no_tensor(tmp_path, tree, saved):
+    """Valid JSON under a valid checksum: refused, or harmless (a note, another default sparsity)."""
+    rng = np.random.default_rng(1)
+    refused = harmless = 0
+    for _ in range(1500):
+        rewrite(tmp_path / "a", edited(saved, lambda content: edit_at_random(content, rng)))
+        try:
+            loaded = load(tmp_path / "a")
+        except TreeFileError as error:
+            refused += REASON.search(str(error)) is not None
+        else:
+            with_hash = dataclasses.replace(loaded, context_hash=tree.context_hash)  # optional: may be edited away
+            assert_same(with_hash, tree, static=False)
+            harmless += 1
+    assert refused + harmless == 1500
+    assert refused > 1000
+
+
+def put(*path, value):
+    def edit(content):
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = value
+
+    return edit
+
+
+def test_header_numbers_are_not_trusted(tmp_path, saved):
+    keys = {"dtype": "F32", "shape": [2, 2, 20, 4]}
+    start = json.loads(saved[8 : head_of(saved)])["keys"]["data_offsets"][0]
+    cases = {
+        "does not lie": [
+            put("keys", "data_offsets", value=[start, 2**62]),
+            put("keys", "data_offsets", value=[start + 8, start + 1288]),
+            put("values", value={**keys, "data_offsets": [start, start + 1280]}),
+            put("keys", "shape", value=[2**40, 2**40, 2**40, 2**40]),
+        ],
+        "has no shape": [put("keys", "shape", value=[1] * 1000), put("keys", "shape", value=[2, 2, 20, -4])],
+        "has a dtype": [put("keys", "dtype", value="F64"), put("keys", "dtype", value=[])],
+        "differ in their names": [put("more", value={**keys, "data_offsets": [0, 0]})],
+        "rows for 21 keys": [put("__metadata__", "num_keys", value="21")],
+        "not a valid squeezejax tree": [
+            put("__metadata__", "config", value="[" * 100_000),
+            put("__metadata__", "config", value='{"observation_window":1e999,"observation_window":3}'),
+            put("__metadata__", "config", value='{"colour":1}'),
+            put("__metadata__", "config", value='{"cluster_fractions":[0.5]}'),
+        ],
+    }
+    for sentence, edits in cases.items():
+        for edit in edits:
+            (tmp_path / "a").write_bytes(edited(saved, edit))
+            assert sentence in refusal(tmp_path / "a")
+
+
+def test_headers_that_are_no_json(tmp_path, saved):
+    text, data = saved[8 : head_of(saved)].rstrip(), saved[head_of(saved) :]
+    repeated = text[:-1] + b',"keys":{"dtype":"F32","shape":[2,2,20,4],"data_offsets":[0,1280]}}'
+    deep = text[:-1] + b',"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    for bad in (
+        repeated,
+        deep,
+        text[:-1],
+        text + b"x",
+        text[:-1] + b',"\xff":1}',
+        text.replace(b"F32", b"\xed\xa0\x80"),
+    ):
+        (tmp_path / "a").write_bytes(sealed(bad, data))
+        assert "not a valid squeezejax tree" in refusal(tmp_path / "a")
+    (tmp_path / "a").write_bytes((2**63).to_bytes(8, "little") + saved[8:])
+    assert "length" in refusal(tmp_path / "a")
+
+
+def test_extra_tensors_are_refused(tmp_path, saved, tree):
+    """Even complete with a checksum: a later version would have said so in its version."""
+
+    def edit(content):
+        size = len(saved) - head_of(saved)
+        content["value_centroids"] = {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]}
+        checksums = json.loads(content["__metadata__"]["checksums"])
+        content["__metadata__"]["checksums"] = json.dumps({**checksums, "value_centroids": "2144df1c"})
+
+    (tmp_path / "a").write_bytes(edited(saved, edit) + bytes(4))
+    assert "'value_centroids' is not one of a tree" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [
+        ("order", (0, 0, 0), 20),
+        ("order", (0, 0, 0), -2),
+        ("order", (1, 1, 3), -1),
+        ("levels.0.starts", (0, 0, 0), -1),
+        ("levels.0.starts", (0, 0, 1), 2**31 - 1),
+        ("levels.1.counts", (1, 0, 2), 2**31 - 1),
+        ("levels.1.counts", (1, 0, 2), -5),
+        ("levels.1.parents", (0, 1, 5), 2),
+        ("levels.0.parents", (0, 0, 0), 1),
+        ("levels.1.starts", (0, 0, 2), 0),
+        ("levels.1.centroids", (0, 0, 0, 0), np.nan),
+        ("thresholds", (0, 1), np.nan),
+        ("sparsities", (1,), 2.0),
+    ],
+)
+def test_values_out_of_range_are_neither_saved_nor_loaded(tmp_path, tree, monkeypatch, name, index, value):
+    leaves, treedef = jax.tree.flatten(tree)
+    at = list(storage._named_leaves(tree)).index(name)
+    leaves[at] = leaves[at].at[index].set(value)
+    broken = jax.tree.unflatten(treedef, leaves)
+    with pytest.raises(ValueError, match="cannot save this tree"):
+        save(tmp_path / "a", broken)
+    assert not os.listdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_check_values", lambda *_: None)
+        save(tmp_path / "a", broken)
+    assert "not a valid squeezejax tree" in refusal(tmp_path / "a")
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "a"
+    for data, reason in ((b"", "is cut"), (b"\0" * 50, "not a squeezejax tree"), (b"%PDF-1.7 long ago", "not a squee")):
+        path.write_bytes(data)
+        assert reason in refusal(path)
+    safetensors.numpy.save_file({"keys": np.zeros(3, np.float32)}, path, metadata={"format": "pt"})
+    assert "not a squeezejax tree file" in refusal(path)
+
+
+def test_rewritten_by_another_program(tmp_path, saved):
+    """The safetensors library orders a header as it likes: our checksums do not survive that, nor do they seem to."""
+    (tmp_path / "a").write_bytes(saved)
+    with safe_open(tmp_path / "a", "numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata=metadata)
+    assert "is altered" in refusal(tmp_path / "b")
+    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={**metadata, "version": "2"})
+    assert "upgrade squeezejax" in refusal(tmp_path / "b")
+
+
+def test_newer_version(tmp_path, saved):
+    newer = edited(saved, put("__metadata__", "version", value="12"))
+    (tmp_path / "a").write_bytes(newer)
+    sentence = refusal(tmp_path / "a")
+    assert "is of version 12" in sentence
+    assert sentence.endswith("upgrade squeezejax")
+    (tmp_path / "a").write_bytes(saved.replace(b'"version":"1"', b'"version":"2"'))
+    assert "upgrade squeezejax (or it is altered" in refusal(tmp_path / "a")
+
+
+def model(**changes):
+    config = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "fingerprint": "0123abcd"} | changes
+    return types.SimpleNamespace(config=types.SimpleNamespace(**config))
+
+
+def test_wrong_model(tmp_path, saved, tree):
+    path = tmp_path / "a"
+    path.write_bytes(saved)
+    assert_same(load(path, model()), tree)
+    assert_same(load(path, params=model(fingerprint=None)), tree)
+    for changes in ({"fingerprint": "ffff"}, {"num_layers": 3}, {"head_dim": 8}):
+        assert "another model" in refusal(path, model(**changes))
+    path.write_bytes(saved[:-1] + b"x")  # refused before the tensors are read
+    assert "another model" in refusal(path, model(num_kv_heads=1))
+
+
+def test_paths_that_cannot_be_read(tmp_path):
+    for read in (load, read_header):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none")
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path)
+
+
+# ---- Saves that do not happen
+
+
+def test_paths_that_cannot_be_written(tmp_path, tree):
+    os.mkfifo(tmp_path / "fifo")
+    cases = [("none/a", FileNotFoundError), ("", IsADirectoryError), ("fifo", ValueError), ("x" * 300, OSError)]
+    for name, error in cases:
+        with pytest.raises(error):
+            save(tmp_path / name, tree)
+    assert os.listdir(tmp_path) == ["fifo"]
+
+
+def test_trees_that_cannot_be_saved(tmp_path, tree):
+    with pytest.raises(ValueError, match="notes must map strings"):
+        save(tmp_path / "a", tree, {"a": 1})
+    with pytest.raises(ValueError, match="do not fit in a header"):
+        save(tmp_path / "a", tree, {"a": "x" * storage_header.MOST_HEADER_BYTES})
+    for changes, sentence in (
+        ({"context_hash": jnp.zeros(3, jnp.uint8)}, "context_hash"),
+        ({"sparsities": None}, "'sparsities' is missing"),
+        ({"keys": tree.keys.astype(jnp.int32)}, "dtype"),
+        ({"keys": tree.keys.astype(jnp.bfloat16)}, "dtype"),
+        ({"levels": tree.levels[:1]}, "'levels.1.centroids' is missing"),
+        ({"values": tree.values[:, :, 1:]}, "shape"),
+        ({"num_keys": 21}, "21 keys"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            save(tmp_path / "a", dataclasses.replace(tree, **changes))
+    assert not os.listdir(tmp_path)
+
+
+def test_saving_over_a_file(tmp_path, tree, saved):
+    path, link = tmp_path / "a", tmp_path / "link"
+    path.write_bytes(b"something else")
+    link.symlink_to(path)
+    old = os.umask(0o027)
+    try:
+        save(link, tree, {"model": "a/b"})
+    finally:
+        os.umask(old)
+    assert link.is_symlink()
+    assert path.read_bytes() == saved  # equal trees give equal files
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["a", "link"]
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace", "interrupt"])
+def test_failed_save_leaves_the_old_file(tmp_path, tree, saved, monkeypatch, where):
+    path = tmp_path / "a"
+    path.write_bytes(saved)
+
+    def fail(*_):
+        raise KeyboardInterrupt if where == "interrupt" else OSError(errno.ENOSPC, "No space left on device")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if where == "write":  # the operating system itself refuses, in the middle of the tensors
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) - 1000, hard))
+    else:
+        names = {"fsync": (os, "fsync"), "replace": (os, "replace"), "interrupt": (storage, "_write")}
+        monkeypatch.setattr(*names[where], fail)
+    try:
+        with pytest.raises(KeyboardInterrupt if where == "interrupt" else OSError):
+            save(path, make_tree(calibrated=False, tokens=50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["a"]
+    assert path.read_bytes() == saved
+    assert_same(load(path), tree)
+
+
+CHILD = """
+import sys, time, jax
+jax.config.update("jax_num_cpu_devices", 2)
+import squeezejax
+from squeezejax import storage
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+path, copy = sys.argv[1:]
+tree = squeezejax.load(path)
+mesh = Mesh(jax.devices(), "model")
+spread = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(None, "model") if leaf.ndim > 2 else P()))
+squeezejax.save(copy, jax.tree.map(spread, tree), {"model": "a/b"})
+
+write, calls = storage._write, []
+def write_a_little(file, leaf):
+    calls.append(write(file, leaf))
+    if len(calls) == 3:
+        file.flush()
+        print("writing", flush=True)
+        time.sleep(600)
+    return calls[-1]
+storage._write = write_a_little
+squeezejax.save(path, tree)
+"""
+
+
+def test_killed_save_leaves_the_old_file_and_shards_are_gathered(tmp_path, tree, saved):
+    """One child process: it saves a tree sharded over two devices, and is killed in the middle of a second save."""
+    path, copied = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(saved)
+    command = [sys.executable, "-c", CHILD, str(path), str(copied)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stdout.readline() == "writing\n"
+        finally:
+            child.kill()
+    assert copied.read_bytes() == saved
+    assert path.read_bytes() == saved
+    assert_same(load(path), tree)
+    (left,) = set(os.listdir(tmp_path)) - {"a", "b"}
+    assert re.fullmatch(r"\.squeezejax-[0-9a-f]{16}\.tmp", left)
+    refusal(tmp_path / left)
+    save(path, tree)  # a leftover is in nobody's way
+    assert_same(load(path), tree)
