@@ -1,15 +1,67 @@
-"""Which implementation runs: `None` picks the best that applies, a name means that one or an error."""
+"""Which implementation runs: `None` picks the best that applies, a name means that one or an error.
+
+"xla" is plain XLA and runs everywhere; "mosaic" is the Hopper kernels (decode; prefill still runs as "xla").
+"""
+
+import contextlib
+
+import jax
 
 IMPLEMENTATIONS = ("xla", "mosaic")
 
+_forced = False
+
 
 def resolve(implementation: str | None) -> str:
-    """The implementation to use for a request.
+    """The implementation to use for a request: "xla", "mosaic", or "auto", which is mosaic wherever it can.
 
     Raises ValueError for an unknown name, NotImplementedError for one that cannot run here.
     """
-    if implementation is None or implementation == "xla":
-        return "xla"
-    if implementation in IMPLEMENTATIONS:
-        raise NotImplementedError(f"implementation={implementation!r} has no kernels yet; use None or 'xla'")
-    raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation is None:
+        return "xla" if _missing() else "auto"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
+    if implementation == "mosaic" and (reason := _missing()):
+        raise NotImplementedError(f"implementation='mosaic' {reason}; use None or 'xla'")
+    return implementation
+
+
+def decode_kernels(implementation: str, q, keys, levels):
+    """The module of decode kernels for one token a user, q [B K G H] over keys [L K R H]; None means plain XLA.
+
+    Raises NotImplementedError where "mosaic" was named and cannot take these arrays.
+    """
+    if implementation == "xla":
+        return None
+    from squeezejax.pallas_kernels import decode  # imports Mosaic, which older JAX lacks
+
+    try:
+        decode.check(q, keys, levels)
+    except NotImplementedError:
+        if implementation == "mosaic":
+            raise
+        return None
+    return decode
+
+
+@contextlib.contextmanager
+def force_mosaic():
+    """Lets "mosaic" be chosen without a GPU: for the interpreter and for compiling without a device."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _missing() -> str | None:
+    """Why the Hopper kernels cannot run here, as the end of a sentence; None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs JAX 0.11 or later, and this is {jax.__version__}"
+    if _forced:
+        return None
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"needs a Hopper GPU, and this is {device.device_kind}"
+    return None

@@ -47,20 +47,20 @@ class Config:
 
     stages: int  # tiles of K and of V in flight
     num_ctas: int  # shares of work: a whole number for each of the 132 multiprocessors
-    granule: int = GRANULE  # rows of an item; above 8, each bit of its mask stands for granule / 8 rows
-    min_items: int = 8  # a smaller share would not fill one tile
+    granule: int = GRANULE  # rows of an item: 8, or 64 for items whose low byte says how many rows count, not which
+    min_rows: int = 64  # a smaller share would not fill one tile
     merge_unroll: int = 4  # partial results that the merge reads at once
 
     def __post_init__(self):
-        if self.granule % GRANULE or TILE % self.granule:
-            raise ValueError(f"granule must divide {TILE} and be a multiple of {GRANULE}, got {self.granule}")
+        if self.granule not in (GRANULE, TILE):
+            raise ValueError(f"granule must be {GRANULE} or {TILE}, got {self.granule}")
 
 
-def default_config(head_dim: int, group: int) -> Config:
+def default_config(head_dim: int, group: int, granule: int = GRANULE) -> Config:
     """Two CTAs a multiprocessor, each with some 96 KB in flight, where registers allow; else one with 192 KB."""
     if group <= 8 and head_dim <= 128:
-        return Config(stages={64: 6, 96: 3, 128: 3}[head_dim], num_ctas=264)
-    return Config(stages={64: 8, 96: 6, 128: 6, 192: 4, 256: 3}[head_dim], num_ctas=132)
+        return Config(stages={64: 6, 96: 3, 128: 3}[head_dim], num_ctas=264, granule=granule)
+    return Config(stages={64: 8, 96: 6, 128: 6, 192: 4, 256: 3}[head_dim], num_ctas=132, granule=granule)
 
 
 def attend_items(q, keys, values, items, num_items, layer, *, config: Config | None = None):
@@ -102,7 +102,7 @@ def check(q_dtype, cache_dtype, G: int, H: int, R: int):
 
 def _share(total, config: Config):
     """Items of one CTA's share."""
-    return jnp.maximum(lax.div(total + (config.num_ctas - 1), jnp.int32(config.num_ctas)), config.min_items)
+    return jnp.maximum(lax.div(total + (config.num_ctas - 1), jnp.int32(config.num_ctas)), config.min_rows // config.granule)
 
 
 def _first_lane(offsets, position, U: int):
@@ -117,6 +117,16 @@ def _first_lane(offsets, position, U: int):
         return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
 
     return lax.fori_loop(0, math.ceil(math.log2(U)) + 1, halve, (jnp.int32(0), jnp.int32(U)))[0]
+
+
+def _attended(row, items, granule: int):
+    """In a kernel: which rows of a tile its items attend to; row i32[TILE M]."""
+    item = plgpu.layout_cast(jnp.full(row.shape, items[0]), MATRIX)
+    for i in range(1, len(items)):
+        item = jnp.where(row >= i * granule, items[i], item)
+    if granule == GRANULE:
+        return (lax.shift_right_logical(item, row & (GRANULE - 1)) & 1) > 0
+    return row < (item & 255)
 
 
 def _attend_shares(q, keys, values, items, offsets, layer, num_heads: int, config: Config):
@@ -210,12 +220,7 @@ def _attend_shares(q, keys, values, items, offsets, layer, num_heads: int, confi
                 scores = pl.run_scoped(score, plgpu.ACC((TILE, M), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 row = plgpu.broadcasted_iota(jnp.int32, (TILE, M), 0, layout=MATRIX)
-                mask = functools.reduce(
-                    lambda mask, i: jnp.where(row >= i * granule, current[i], mask), range(1, per_tile),
-                    plgpu.layout_cast(jnp.full((TILE, M), current[0]), MATRIX),
-                )  # fmt: skip
-                bit = lax.div(row & (granule - 1), jnp.int32(granule // GRANULE))
-                attended = (lax.shift_right_logical(mask, bit) & 1) > 0
+                attended = _attended(row, current, granule)
                 scores = jnp.where(attended, scores * scale, MASKED)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=0))
                 keep = jnp.exp2(top - new_top)
