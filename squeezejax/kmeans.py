@@ -65,7 +65,7 @@ class _Lloyd(NamedTuple):
 
 
 def kmeans(x, num_clusters, *, key, weights=None, max_iterations=7, swap_rounds=5, tolerance=0.0) -> KMeans:
-    """Cluster rows by direction (paper, section 4.1: K-means on normalised keys), means of the raw rows.
+    """Cluster rows by direction and average the raw rows (arXiv 2411.09688, offline clustering of the keys).
 
     Args:
       x: f32 or bf16[S H], the rows of one head; `jax.vmap` for more.
