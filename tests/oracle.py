@@ -4,6 +4,7 @@ The oracle shares no helper with the library: clusters keep the numbers that the
 original order, every sum runs over explicit Python lists of keys. Letters as in squeezejax/tree.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -292,3 +293,19 @@ select_jit = jax.jit(squeezejax.select)
 mask_jit = jax.jit(
     lambda tree, q, layer, log_T: squeezejax.select(tree, q, layer=layer, log_thresholds=log_T).key_mask(tree)
 )
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """The names of the programs that XLA compiles inside the block, as a list that fills up."""
+    compiled = []
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
