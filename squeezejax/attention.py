@@ -146,7 +146,7 @@ def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementatio
         row = start[:, None] + token
         valid = (row < lengths[:, None]) & (token < T)
         part = jax.lax.dynamic_slice_in_dim(groups, first, block, axis=1)
-        fixed, kept = _attend_fixed(tree, part, valid, layer, log_T)
+        fixed, kept = _attend_fixed(tree, part, valid, layer, log_T, implementation)
         with jax.named_scope("attend_user_tokens"):
             column = jnp.arange(k.shape[1])[None, None, :]
             mask = (column <= row[:, :, None]) & (column < lengths[:, None, None])
@@ -163,7 +163,7 @@ def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementatio
     return Attended(out[:, :T].reshape(B, T, N, H), lse[:, :T].reshape(B, T, N), kept)
 
 
-def _attend_fixed(tree: Tree, q, valid, layer, log_T):
+def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str):
     """q [B T K G H], one selection a user, over the fixed context -> ([(out, lse), …], kept fraction f32[B])."""
     B, T, K, G, H = q.shape
     rows_of_head = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
@@ -172,10 +172,19 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T):
         with jax.named_scope("attend_window"):
             everything = jnp.ones((K, tree.window_keys.shape[2]), bool)
             partials.append(reference.attend_all(rows_of_head, tree.window_keys, tree.window_values, everything, layer))
-    if log_T is None:
+    kernels = dispatch.decode_kernels(implementation, q[:, 0], tree.keys, tree.levels) if T == 1 else None
+    if log_T is None and kernels:
+        with jax.named_scope("attend_all_keys"):
+            partials.append(kernels.attend_all(q[:, 0], tree.keys, tree.values, tree.num_keys, layer))
+        kept_fraction = jnp.ones(B)
+    elif log_T is None:
         with jax.named_scope("attend_all_keys"):
             partials.append(reference.attend_all(rows_of_head, tree.keys, tree.values, tree.order[layer] >= 0, layer))
         kept_fraction = jnp.ones(B)
+    elif kernels:
+        found = kernels.attend_kept(q[:, 0], tree.keys, tree.values, tree.levels, valid[:, 0], layer, log_T)
+        partials.append((found.out, found.lse))
+        kept_fraction = jnp.mean(found.num_kept.astype(jnp.float32), axis=1) / tree.num_keys
     else:
         runs = select_lanes(tree, q, valid, layer, log_T).runs
         with jax.named_scope("attend_kept_keys"):

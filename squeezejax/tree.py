@@ -24,6 +24,9 @@ from squeezejax.config import SqueezeConfig
 from squeezejax.kmeans import kmeans
 
 
+GRANULE = 8  # rows that a kernel fetches together
+
+
 def _static(**kwargs):
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
@@ -132,11 +135,14 @@ def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeCon
     """Sorts one layer by cluster: labels as for `build_tree`, clusters = C of each level; nothing has the axis L."""
     S = keys.shape[1] - config.observation_window
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters))(keys[:, :S], labels)
-    rows = order[:, :, None]
+    # Kernels fetch rows by granules, so a head ends with a whole one: the last rows may be padding, zeros.
+    padding = -S % GRANULE
+    take = lambda x: jnp.take_along_axis(x[:, :S], order[:, :, None], axis=1)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     return Tree(
-        keys=jnp.take_along_axis(keys[:, :S], rows, axis=1),
-        values=jnp.take_along_axis(values[:, :S], rows, axis=1),
-        order=order,
+        keys=pad(take(keys)),
+        values=pad(take(values)),
+        order=jnp.pad(order, ((0, 0), (0, padding)), constant_values=-1),
         window_keys=keys[:, S:],
         window_values=values[:, S:],
         levels=levels,
