@@ -59,7 +59,7 @@ def kept_runs(kept, starts, counts) -> Runs:
     )
 
 
-def _expand(runs: Runs, first, size: int):
+def expand(runs: Runs, first, size: int):
     """The rows at positions [first, first + size) of one lane's list, i32[size]; past its end they mean nothing."""
     run = jnp.searchsorted(runs.offsets, first, side="right") - 1
     # A run has at least one row, so no more than `size` of them matter.
@@ -134,7 +134,7 @@ def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 256, block: i
         first = (number - (ends - blocks)[lane]) * block
         size = jnp.clip(runs.num_rows[lane] - first, 0, block)  # 0 past the last block
         first = jnp.where(size > 0, first, 0)
-        rows = jax.vmap(functools.partial(_expand, size=block))(jax.tree.map(lambda x: x[lane], runs), first)
+        rows = jax.vmap(functools.partial(expand, size=block))(jax.tree.map(lambda x: x[lane], runs), first)
         rows = jnp.where(jnp.arange(block)[None, :] < size[:, None], rows, 0)  # the gather promises to stay in bounds
         q_here, head_here = q[lane], head[lane][:, None]
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.pallas_kernels import dispatch, reference
-from squeezejax.scores import layer_level
-from squeezejax.select import check_queries, resolve_thresholds, select_groups, split_heads
+from squeezejax.select import check_queries, resolve_thresholds, select_lanes, split_heads
 from squeezejax.tree import Tree
 
 # Finite, so that a fully masked row stays free of NaN: its lse is about MASKED, and merging gives it no weight.
@@ -178,10 +177,8 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T):
             partials.append(reference.attend_all(rows_of_head, tree.keys, tree.values, tree.order[layer] >= 0, layer))
         kept_fraction = jnp.ones(B)
     else:
-        kept = jax.vmap(lambda q, valid: select_groups(tree, q, valid, layer, log_T))(q, valid)  # [B K C]
+        runs = select_lanes(tree, q, valid, layer, log_T).runs
         with jax.named_scope("attend_kept_keys"):
-            level = layer_level(tree.levels[-1], layer)
-            runs = jax.vmap(lambda kept: jax.vmap(reference.kept_runs)(kept, level.starts, level.counts))(kept)
             flat = lambda x: x.reshape(-1, *x.shape[2:])
             head = jnp.tile(layer * K + jnp.arange(K), B)
             out, lse = reference.attend_runs(

@@ -257,13 +257,25 @@ def _check_values(leaves: dict, num_keys: int):
         require((counts.sum(axis=2, dtype=np.int64) == num_keys).all(), f"level {i} does not hold {num_keys} keys")
         require(parents.min() >= 0 and parents.max() < above, f"level {i} has parents that do not exist")
         require(np.isfinite(small[f"levels.{i}.centroids"]).all(), f"level {i} has centroids that are not finite")
+        if i:
+            _check_children(small[f"levels.{i - 1}.child_starts"], small[f"levels.{i - 1}.child_counts"], parents, i)
         above = counts.shape[2]
     for layer in range(order.shape[0]):  # now starts and counts are those of the finest level
         _check_runs(order[layer], starts[layer], counts[layer], num_keys)
     if "thresholds" in small:
         grid = small["sparsities"]
-        require(np.isfinite(grid).all() and (np.diff(grid) > 0).all(), "its sparsities do not ascend")
+        require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
         require(not np.isnan(small["thresholds"]).any(), "its thresholds are not numbers")
+
+
+def _check_children(starts, counts, parents, i: int):
+    """Level i's parents i32[L K C] and the runs of children i32[L K C_above] above must say the same."""
+    require(starts.min() >= 0 and counts.min() >= 0, f"level {i - 1} has negative runs of children")
+    first = np.take_along_axis(starts.astype(np.int64), parents, axis=2)
+    end = first + np.take_along_axis(counts, parents, axis=2)
+    child = np.arange(parents.shape[2])
+    agree = ((first <= child) & (child < end)).all() and (counts.sum(axis=2, dtype=np.int64) == len(child)).all()
+    require(agree, f"level {i - 1} does not hold the children that name it")
 
 
 def _check_runs(order, starts, counts, num_keys: int):

@@ -213,7 +213,8 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
     required |= dict.fromkeys(("window_keys", "window_values"), (keys, "LKWH"))
     for i in range(config.num_levels):
         required[f"levels.{i}.centroids"] = (np.float32, ("L", "K", f"C{i}", "H"))
-        for name in ("counts", "starts", "parents"):
+        links = ("child_starts", "child_counts") if i < config.num_levels - 1 else ()
+        for name in ("counts", "starts", "parents", *links):
             required[f"levels.{i}.{name}"] = (np.int32, ("L", "K", f"C{i}"))
     table = {"sparsities": (np.float32, "P"), "thresholds": (np.float32, "nP")}
     expected = required | (table if table.keys() & tensors.keys() else {})

@@ -37,6 +37,9 @@ class Level:
     counts: jax.Array  # i32[L K C], keys in the cluster
     starts: jax.Array  # i32[L K C], first row of the cluster's run
     parents: jax.Array  # i32[L K C], cluster of the next coarser level; zeros at the coarsest
+    # The same relation downwards, as runs of clusters of the next finer level; None at the finest.
+    child_starts: jax.Array | None = None  # i32[L K C]
+    child_counts: jax.Array | None = None  # i32[L K C]
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -156,23 +159,31 @@ def _arrange_head(keys, labels, *, clusters):
     order = jnp.argsort(cluster_of, stable=True).astype(jnp.int32)
     rows, row_cluster = keys[order].astype(jnp.float32), cluster_of[order]
 
-    levels = []
+    levels, children = [], (None, None)
     for C, parent in zip(reversed(clusters), reversed(parents), strict=True):
-        levels.insert(0, _level(rows, row_cluster, C, parent))
+        counts, starts = _run_lengths(row_cluster, C)
+        centroids = _means(rows, row_cluster, counts, starts)
+        levels.insert(0, Level(centroids, counts, starts, parent, *children))
         row_cluster = parent[row_cluster]
+        if len(levels) < len(clusters):
+            child_counts, child_starts = _run_lengths(parent, clusters[-len(levels) - 1])
+            children = (child_starts, child_counts)
     return order, tuple(levels)
 
 
-def _level(rows, row_cluster, num_clusters: int, parents) -> Level:
-    """Counts, starts and means of clusters that are runs of rows f32[S H]; row_cluster i32[S] is ascending."""
-    counts = jax.ops.segment_sum(jnp.ones_like(row_cluster), row_cluster, num_clusters, indices_are_sorted=True)
-    starts = jnp.cumsum(counts) - counts
-    # Mean as first row + mean difference: equal keys then give exactly that key, and ties stay ties (spec.md, traps).
+def _run_lengths(owner, num_owners: int):
+    """How many neighbours each owner has and where they begin, i32[C] both; owner i32[…] is ascending."""
+    counts = jax.ops.segment_sum(jnp.ones_like(owner), owner, num_owners, indices_are_sorted=True)
+    return counts, jnp.cumsum(counts) - counts
+
+
+def _means(rows, row_cluster, counts, starts):
+    """Mean of each cluster f32[C H]; rows f32[S H] in cluster order, row_cluster i32[S] ascending."""
+    # First row + mean difference: equal keys then give exactly that key, and ties stay ties (spec.md, traps).
     first = rows[jnp.minimum(starts, rows.shape[0] - 1)]
-    excess = jax.ops.segment_sum(rows - first[row_cluster], row_cluster, num_clusters, indices_are_sorted=True)
+    excess = jax.ops.segment_sum(rows - first[row_cluster], row_cluster, len(counts), indices_are_sorted=True)
     centroids = first + excess / jnp.maximum(counts, 1).astype(jnp.float32)[:, None]
-    centroids = jnp.where((counts > 0)[:, None], centroids, 0.0)
-    return Level(centroids=centroids, counts=counts, starts=starts, parents=parents)
+    return jnp.where((counts > 0)[:, None], centroids, 0.0)
 
 
 def _check_keys(keys, values, config):

@@ -132,14 +132,15 @@ def test_round_trip_of_squeezed_context(tmp_path):
         rows, [(0, 0), (0, 0), (2, 3)] + [(0, 0)] * (rows.ndim - 3), constant_values=value
     )
     levels = tuple(dataclasses.replace(level, starts=level.starts + 2) for level in tree.levels)
-    fine = levels[-1]
+    coarse, fine = levels
+    mirrored = fine.counts.shape[2] - coarse.child_starts - coarse.child_counts
     flipped = [jnp.flip(getattr(fine, name), axis=2) for name in ("centroids", "counts", "starts", "parents")]
     tree = dataclasses.replace(
         tree,
         keys=pad(tree.keys),
         values=pad(tree.values),
         order=pad(tree.order, -1),
-        levels=(levels[0], squeezejax.Level(*flipped)),
+        levels=(dataclasses.replace(coarse, child_starts=mirrored), squeezejax.Level(*flipped)),
     )
     save(tmp_path / "a", tree)
     assert_same(load(tmp_path / "a"), tree)
@@ -152,6 +153,7 @@ def test_readable_by_safetensors(tmp_path, tree):
     np.testing.assert_array_equal(tensors["levels.1.centroids"], tree.levels[1].centroids)
     np.testing.assert_array_equal(tensors["thresholds"], tree.thresholds)
     level = {f"levels.{i}.{name}" for i in (0, 1) for name in ("centroids", "counts", "starts", "parents")}
+    level |= {"levels.0.child_starts", "levels.0.child_counts"}
     rows = {"keys", "values", "order", "window_keys", "window_values", "sparsities", "thresholds"}
     assert set(tensors) == rows | level
     save(tmp_path / "a.safetensors", make_tree(jnp.bfloat16, calibrated=False))
@@ -407,6 +409,9 @@ def test_extra_tensors_are_refused(tmp_path, saved, tree):
         ("levels.1.counts", (1, 0, 2), 2**31 - 1),
         ("levels.1.counts", (1, 0, 2), -5),
         ("levels.1.parents", (0, 1, 5), 2),
+        ("levels.1.parents", (0, 1, 5), 0),
+        ("levels.0.child_starts", (0, 1, 0), 1),
+        ("levels.0.child_counts", (0, 1, 0), -1),
         ("levels.0.parents", (0, 0, 0), 1),
         ("levels.1.starts", (0, 0, 2), 0),
         ("levels.1.centroids", (0, 0, 0, 0), np.nan),
