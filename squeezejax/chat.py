@@ -235,6 +235,10 @@ def _stripped(question: str) -> str:
     question = question.strip()
     if not question:
         raise ValueError("the question is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # what a terminal of another encoding makes of it
+        raise ValueError("the question is not UTF-8 text") from error
     return question
 
 

@@ -179,7 +179,7 @@ def ask(arguments):
 def _check_ask(arguments):
     if not arguments.questions and not arguments.chat:
         raise ValueError("nothing to ask: give a question in quotes, or --chat")
-    if any(not question.strip() for question in arguments.questions):
+    if not all(map(str.strip, arguments.questions)):
         raise ValueError("the question is empty")
     if arguments.dense and arguments.sparsity is not None:
         raise ValueError("--dense reads every key, so it has no --sparsity")

@@ -80,7 +80,8 @@ def summarize(dense: list[Answer], squeezed: list[Answer], num_keys: int, window
     """Right answers, keys kept and time per token of both, as measured."""
     count, same = len(dense), sum(a.reply == b.reply for a, b in zip(dense, squeezed, strict=True))
     kept = statistics.mean(answer.kept for answer in squeezed)
-    times = [1000 * sum(a.seconds for a in way) / max(1, sum(a.tokens for a in way)) for way in (dense, squeezed)]
+    # Medians: whatever else runs on the machine disturbs single answers.
+    times = [statistics.median(map(_pace, way)) for way in (dense, squeezed)]
     ratio = times[0] / times[1]
     pace = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as slow"
     return "\n".join(
@@ -90,8 +91,8 @@ def summarize(dense: list[Answer], squeezed: list[Answer], num_keys: int, window
             f"keys read       dense all {num_keys:,}, squeezed {kept:.1%} of them for a token of the answer",
             f"                (and both the last {window} keys of the text, and the question)",
             f"time per token  dense {times[0]:.2f} ms, squeezed {times[1]:.2f} ms: squeezed was {pace}",
-            "                (question and answer, without compilation; measured here and now, in a text too short",
-            "                to tell much of speed)",
+            f"                (medians of {count}, question and answer, without compilation; measured here and now,",
+            "                in a text too short to tell much of speed)",
         ]
     )
 
@@ -120,7 +121,7 @@ def _introduce(document, num_tokens: int, params):
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
     example = document.facts[0]
     print(f"A Llama of {weights / 1e6:.1f} M parameters reads a chronicle of {num_tokens:,} tokens, which begins:\n")
-    print(textwrap.indent(textwrap.fill(document.text[:400].rsplit(" ", 1)[0] + " …", 96), "  "))
+    print(textwrap.indent(textwrap.fill(document.text[:400].rsplit(". ", 1)[0] + ". …", 96), "  "))
     print(f'\n{len(document.facts)} facts are hidden in it, such as "{example.sentence}"\n', flush=True)
 
 
@@ -149,13 +150,17 @@ def _answerer(params, tree, tokenizer):
     return ask
 
 
+def _pace(answer: Answer) -> float:
+    """Milliseconds a token."""
+    return 1000 * answer.seconds / max(1, answer.tokens)
+
+
 def _print_answers(number: int, fact, dense: Answer, squeezed: Answer):
     print(f"\n{number}. {fact.question}")
     for name, answer in (("dense", dense), ("squeezed", squeezed)):
         reply = textwrap.shorten(answer.reply, 46, placeholder=" …")
-        pace = 1000 * answer.seconds / max(1, answer.tokens)
         verdict = "right" if answer.right else "WRONG"
-        print(f"   {name:9} {reply:46} {verdict}   keys read {answer.kept:6.1%}  {pace:5.2f} ms/token")
+        print(f"   {name:9} {reply:46} {verdict}   keys read {answer.kept:6.1%}  {_pace(answer):5.2f} ms/token")
     if not (dense.right and squeezed.right):
         print(f"   {'text':9} {fact.sentence}")
     sys.stdout.flush()

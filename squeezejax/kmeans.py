@@ -16,7 +16,7 @@ import jax.numpy as jnp
 _SEED_BATCH = 16  # k-means++ centres drawn at once: more are faster and start worse
 _MOVE_SHARE = 2  # at most C / 2 centres move in one swap round
 _MOVE_GAIN = 2.0  # a move must promise this many times what it costs: the gains of several moves overlap
-_SCORE_DTYPE = jnp.bfloat16  # a quarter faster than float32 on a CPU and, measured, no worse clusters
+_SCORE_DTYPE = jnp.bfloat16  # a quarter faster than float32 on a CPU, no consistent loss seen (benchmarks/NOTES.md)
 _CHUNK_SCORES = 1 << 20  # scores held at once, so that they stay in cache
 _DRAW_BLOCK = 128
 

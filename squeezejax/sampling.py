@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ class Sampling:
 def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
     """Checks the arguments and gathers them.
 
-    Raises ValueError for top_k < 1, top_p outside (0, 1], or a temperature that needs a key and has none.
+    Raises ValueError for top_k < 1, top_p outside (0, 1], a temperature that is NaN or that needs a key and has none.
     """
+    if concrete(temperature) and math.isnan(temperature):
+        raise ValueError("temperature must be a number, got NaN")
     if key is None:
         if not concrete(temperature) or temperature > 0:
             raise ValueError("temperature above 0 draws at random: give a key, such as key=jax.random.key(0)")

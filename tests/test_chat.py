@@ -2,10 +2,10 @@
 
 import pytest
 from chat_models import CHATML, CONTEXT, KINDS, TEMPLATES, make_tokenizer
-from squeezejax.models import embedded
 
 from squeezejax import chat
 from squeezejax.chat import assistant, user
+from squeezejax.models import embedded
 
 QUESTIONS = ("What is the passcode of Amber Falcon?", "7 sacks?", "“Quoted”…", "何ですか 🙂", "'s", "a\n\nb", "(why)")
 CONTEXTS = {
@@ -119,12 +119,14 @@ def test_another_template_than_the_one_that_built():
         chat.conversation_ids(tokenizer, prompt, [("Why?", "So.")], "How?")
 
 
-@pytest.mark.parametrize("question", ["", " \n"])
-def test_empty_question(question):
+@pytest.mark.parametrize(
+    ("question", "sentence"), [("", "is empty"), (" \n", "is empty"), ("what\udcff", "is not UTF-8 text")]
+)
+def test_questions_without_text(question, sentence):
     tokenizer = make_tokenizer("gpt2", CHATML)
     _, prompt = chat.split_prompt(tokenizer, CONTEXT)
     for turns in ([], [("Why?", "So.")]):
-        with pytest.raises(ValueError, match="the question is empty"):
+        with pytest.raises(ValueError, match=f"the question {sentence}"):
             chat.conversation_ids(tokenizer, prompt, turns, question)
 
 

@@ -14,7 +14,8 @@ import torch
 from chat_models import CHATML, CONTEXT, make_tokenizer
 from torch_models import make_model
 
-from squeezejax import SqueezeConfig, build_tree, chat, cli, commands, demo, info, storage
+import squeezejax
+from squeezejax import SqueezeConfig, build_tree, chat, cli, commands, demo, info, models, storage, stream
 from squeezejax.chat import assistant, user
 
 QUESTION = "What is the passcode of Amber Falcon?"
@@ -95,6 +96,27 @@ def test_chat_sees_earlier_turns(folder, capsys, monkeypatch):
         messages.append(assistant(reply.strip()))
     assert out == shown
     assert err.count("keys of the context kept: 100.0% in replying") == 3
+
+
+def test_session_reads_only_what_is_new(folder, monkeypatch):
+    """A turn that keeps the beginning of what was read goes on from there, to the same reply as from the start."""
+    params = models.load(folder / "model")
+    options = stream.Options(max_new_tokens=10, sparsity=0.0)
+    read = []
+
+    def prefill(*arguments, lengths, **options):
+        read.append(int(lengths[0]))
+        return squeezejax.prefill(*arguments, lengths=lengths, **options)
+
+    monkeypatch.setattr(stream, "prefill", prefill)
+    session, fresh = (stream.Session(params, storage.load(folder / "text.tree"), options) for _ in range(2))
+    first = [20, 21, 22, 23]
+    reply = list(session.reply(first))
+    assert list(session.reply(first)) == reply
+    changed = [*first, *reply[:3], 24, 25]
+    session.rehearse(changed)
+    assert list(session.reply(changed)) == list(fresh.reply(changed))
+    assert read == [4, 1, 9 - 7, 9 - 7, 9]
 
 
 def test_sampling_repeats_with_its_seed(folder, capsys):

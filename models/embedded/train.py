@@ -52,10 +52,11 @@ PHASES = (
     Phase(Shape(160, 12, 3, (3, 5), recitals=0.4, crowded=0.7), 1500, 2e-3, 1.5e-3, enough=0.96),
     Phase(Shape(256, 16, 5, (5, 12), crowded=0.5), 1000, 1.5e-3, 1.5e-3, enough=0.95),
     Phase(Shape(1024, 4, 16, (16, 32), crowded=0.3), 600, 1.5e-3, 8e-4, enough=0.97),
-    Phase(Shape(4608, 1, 24, (24, 64), crowded=0.2), 1000, 8e-4, 3e-4),
-    Phase(Shape(8704, 1, 24, (24, 64), crowded=0.2), 200, 3e-4, 3e-5),
+    Phase(Shape(4608, 1, 24, (24, 64), crowded=0.2), 150, 8e-4, 6e-4),
+    Phase(Shape(8704, 1, 24, (24, 64), crowded=0.2), 110, 6e-4, 3e-5),
 )
 WARM_UP_STEPS = 100
+LONGEST_KEPT = 5000  # tokens up to which attention weights are kept for the backward pass rather than computed again
 
 
 def model_config(vocab_size: int, stop_token: int) -> LlamaConfig:
@@ -124,7 +125,7 @@ def attention(q, k, v, block: int = 512):
         scores = jnp.where(seen[None, None, None], scores, -1e30)
         return jnp.einsum("BKGTS,BKSH->BKGTH", jax.nn.softmax(scores, axis=-1), v)
 
-    one = jax.checkpoint(one) if block < T else one
+    one = jax.checkpoint(one) if T > LONGEST_KEPT else one
     ends = [min(start + block, T) for start in range(0, T, block)]
     blocks = [one(q[..., end - (end - 1) % block - 1 : end, :], k[:, :, :end], v[:, :, :end]) for end in ends]
     out = jnp.moveaxis(jnp.concatenate(blocks, axis=3), 3, 1)  # [B T K G H]
@@ -247,7 +248,7 @@ def main() -> None:
         help="replaces the built-in table; repeat for several phases",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
-    parser.add_argument("--every", type=int, default=50, help="steps between reports")
+    parser.add_argument("--every", type=int, default=25, help="steps between reports")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(HERE)
