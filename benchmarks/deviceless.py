@@ -46,9 +46,7 @@ class Program:
 @functools.cache
 def sharding() -> NamedSharding:
     """The one device of the H200 that programs are compiled for."""
-    topology = topologies.get_topology_desc(
-        "", platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
-    )
+    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET.read_text())
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
 
 
@@ -69,13 +67,15 @@ def compile_program(function, *args) -> Program:
 
 def _kernels():
     for path in sorted(_DUMP.glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1])):
-        report, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
+        report, _ptx = path.read_text(), path.with_suffix(".ptx").read_text()
 
         resources = path.with_suffix(".resources.txt").read_text()
         shared_memory = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
         registers = int(re.search(r"[Uu]sed (\d+) registers", report)[1])
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        yield Kernel(path.stem.rsplit("_", 1)[0], registers, shared_memory, sum(int(n) for found in spills for n in found))
+        yield Kernel(
+            path.stem.rsplit("_", 1)[0], registers, shared_memory, sum(int(n) for found in spills for n in found)
+        )
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def attend_kept(q, keys, values, levels, active, layer, log_T) -> Attended:
     Raises NotImplementedError for what the kernels cannot take.
     """
     check(q, keys, levels)
-    B, K = q.shape[:2]
+    B, _K = q.shape[:2]
     layer = jnp.asarray(layer, jnp.int32)
     queries = q.astype(jnp.float32)
     kept = None

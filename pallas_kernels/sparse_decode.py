@@ -23,7 +23,6 @@ from jax import lax
 
 from squeezejax.pallas_kernels.mosaic import (
     ALONG,
-    DOWN,
     GRANULE,
     MATRIX,
     columns,
@@ -105,7 +104,9 @@ def check(q_dtype, cache_dtype, G: int, H: int, R: int):
 
 def _share(total, config: Config):
     """Items of one CTA's share."""
-    return jnp.maximum(lax.div(total + (config.num_ctas - 1), jnp.int32(config.num_ctas)), config.min_rows // config.granule)
+    return jnp.maximum(
+        lax.div(total + (config.num_ctas - 1), jnp.int32(config.num_ctas)), config.min_rows // config.granule
+    )
 
 
 def _first_lane(offsets, position, U: int):

@@ -55,7 +55,12 @@ def list_items(kept, starts, counts, chunk_items, num_rows: int):
         @pl.when(total > 0)
         def _():
             base = lax.fori_loop(0, padded_chunks // CHUNK, before, jnp.int32(0))
-            down = Runs(*(load(ref, DOWN) for ref in (starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here])))
+            down = Runs(
+                *(
+                    load(ref, DOWN)
+                    for ref in (starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here])
+                )
+            )
             along = turn(down, turn_sm)
             items_down, _ = count_items(down, along, result=DOWN)
             items_along, granule = count_items(down, along, result=ALONG)

@@ -23,7 +23,6 @@ import numpy as np
 from squeezejax.config import SqueezeConfig
 from squeezejax.kmeans import kmeans
 
-
 GRANULE = 8  # rows that a kernel fetches together
 
 

@@ -80,7 +80,9 @@ def attention_of_extremes():
     check_attention(K=2, counts=[[32, 32]], masks=255)  # everything kept
     check_attention(K=1, counts=[[3]], config=sparse_decode.Config(stages=3, num_ctas=7, min_rows=8))
     check_attention(K=1, counts=[[32]], config=sparse_decode.Config(stages=4, num_ctas=1, min_rows=64))
-    check_attention(K=2, counts=[[32, 31]], config=sparse_decode.Config(stages=2, num_ctas=11, min_rows=8, merge_unroll=3))
+    check_attention(
+        K=2, counts=[[32, 31]], config=sparse_decode.Config(stages=2, num_ctas=11, min_rows=8, merge_unroll=3)
+    )
 
 
 def attention_of_layers():
@@ -96,7 +98,9 @@ def attention_dense():
         with mosaic.interpret():
             out, lse = decode.attend_all(q, keys, values, num_rows, 1)
         for b, k in np.ndindex(2, 2):
-            q64, k64, v64 = (np.asarray(x, np.float64) for x in (q[b, k], keys[1, k, :num_rows], values[1, k, :num_rows]))
+            q64, k64, v64 = (
+                np.asarray(x, np.float64) for x in (q[b, k], keys[1, k, :num_rows], values[1, k, :num_rows])
+            )
             want = reference_decode.attend_rows(q64, k64, v64)
             np.testing.assert_allclose(out[b, k], want[0], atol=8e-3, rtol=0)
             np.testing.assert_allclose(lse[b, k], want[1], atol=2e-4, rtol=0)
@@ -154,7 +158,11 @@ def selection_of_many_clusters():
 def random_tree(rng, fractions, K, G, H, S, W, L, dtype):
     config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W)
     keys, values = (random_cache(rng, (L, K, S + W, H), dtype) for _ in range(2))
-    tree = squeezejax.build_tree(keys, values, config)
+    clusters = config.num_clusters(S)  # labels at random: K-means would take longer to compile than the kernels
+    labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
+    for entry, C in zip(labels, clusters, strict=True):
+        entry[:, :, :C] = np.arange(C)
+    tree = squeezejax.build_tree(keys, values, config, labels=tuple(labels))
     return squeezejax.calibrate(tree, random_cache(rng, (L, K * G, W, H), dtype))
 
 
@@ -202,7 +210,9 @@ def inactive_users():
     tree = random_tree(rng, (0.2,), 2, 2, 64, 403, 8, 1, "bfloat16")
     q = random_cache(rng, (2, 2, 2, 64), "bfloat16")
     with mosaic.interpret():
-        found = decode.attend_kept(q, tree.keys, tree.values, tree.levels, jnp.array([True, False]), 0, jnp.full(1, -jnp.inf))
+        found = decode.attend_kept(
+            q, tree.keys, tree.values, tree.levels, jnp.array([True, False]), 0, jnp.full(1, -jnp.inf)
+        )
     np.testing.assert_array_equal(found.num_kept, [[403, 403], [0, 0]])
 
 
@@ -218,9 +228,13 @@ def drawn():
         R = 8 * data.draw(st.integers(1, 20))
         counts = [[data.draw(st.integers(0, R // 8)) for _ in range(K)] for _ in range(B)]
         config = sparse_decode.Config(
-            stages=data.draw(st.integers(2, 4)), num_ctas=data.draw(st.integers(1, 5)), min_rows=data.draw(st.sampled_from((8, 64)))
+            stages=data.draw(st.integers(2, 4)),
+            num_ctas=data.draw(st.integers(1, 5)),
+            min_rows=data.draw(st.sampled_from((8, 64))),
         )
-        check_attention(B, K, data.draw(st.integers(1, 16)), 64, 1, R, "bfloat16", counts, config, data.draw(st.integers(0, 99)))
+        check_attention(
+            B, K, data.draw(st.integers(1, 16)), 64, 1, R, "bfloat16", counts, config, data.draw(st.integers(0, 99))
+        )
 
     @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())

@@ -1,0 +1,141 @@
+"""Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.compile_kernels`.
+
+Fails on any spill. Writes registers, shared memory and the launches and temporaries of one whole decode step (selection,
+attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
+"""
+
+import dataclasses
+import pathlib
+import re
+import sys
+
+from benchmarks import deviceless  # before JAX: it sets its environment
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+
+import squeezejax  # isort: skip
+from squeezejax.pallas_kernels import dispatch  # isort: skip
+from squeezejax.tree import Level, Tree  # isort: skip
+
+TABLE = pathlib.Path(__file__).with_name("results") / "compile_h200.md"
+LAUNCHES = ("fusion", "custom-call", "copy", "while", "conditional", "reduce", "dot", "sort", "scatter", "gather",
+            "dynamic-slice", "dynamic-update-slice", "transpose", "pad", "concatenate", "slice", "broadcast",
+            "iota", "convert", "add")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes of one decode step."""
+
+    head_dim: int
+    group: int
+    kv_heads: int = 8
+    users: int = 1
+    num_keys: int = 131_072
+    fractions: tuple[float, ...] = (0.05,)
+    dtype: str = "bfloat16"
+    layers: int = 2
+    window: int = 100
+    room: int = 256
+
+    def __str__(self):
+        heads = f"{self.kv_heads * self.group} / {self.kv_heads} of {self.head_dim}"
+        users = f", {self.users} users" if self.users > 1 else ""
+        return f"{heads}, {self.num_keys // 1024}K, {len(self.fractions)} level(s), {self.dtype}{users}"
+
+
+CASES = (
+    *(Case(head_dim, group) for head_dim in (64, 96, 128, 192, 256) for group in (4, 16)),
+    Case(64, 4, dtype="float16"),
+    Case(128, 1, kv_heads=32),
+    Case(128, 8, kv_heads=1),
+    Case(128, 4, kv_heads=64),
+    Case(128, 4, num_keys=2**19),
+    Case(128, 4, num_keys=2**19, fractions=(0.01, 0.05)),
+    Case(128, 4, num_keys=2**21, fractions=(0.002, 0.01, 0.05)),
+    Case(128, 4, users=8),
+    Case(128, 4, users=32, fractions=(0.01, 0.05)),
+)
+
+
+def tree_shapes(case: Case) -> Tree:
+    """The shapes of a calibrated tree."""
+    shape = jax.ShapeDtypeStruct
+    config = squeezejax.SqueezeConfig(cluster_fractions=case.fractions, observation_window=case.window)
+    L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
+    R = -(-S // 8) * 8
+    levels = [
+        Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * 3) for C in config.num_clusters(S)
+    ]
+    return Tree(
+        keys=shape((L, K, R, H), case.dtype),
+        values=shape((L, K, R, H), case.dtype),
+        order=shape((L, K, R), jnp.int32),
+        window_keys=shape((L, K, case.window, H), case.dtype),
+        window_values=shape((L, K, case.window, H), case.dtype),
+        levels=tuple(levels),
+        config=config,
+        num_keys=S,
+    )
+
+
+def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Program:
+    """One decode step of one layer: the public `attend` with T = 1, layer, thresholds and lengths traced."""
+    shape = jax.ShapeDtypeStruct
+    B, K, H = case.users, case.kv_heads, case.head_dim
+    own = shape((B, case.room, K, H), case.dtype)
+    arguments = (tree_shapes(case), shape((B, 1, K * case.group, H), case.dtype), own, own, shape((), jnp.int32),
+                 shape((len(case.fractions),), jnp.float32), shape((B,), jnp.int32))  # fmt: skip
+
+    def step(tree, q, k, v, layer, log_T, lengths):
+        return squeezejax.attend(
+            tree, q, k, v, layer=layer, log_thresholds=log_T, start=lengths - 1, lengths=lengths,
+            implementation=implementation,
+        )  # fmt: skip
+
+    with dispatch.force_mosaic():
+        return deviceless.compile_program(step, *deviceless.on_device(arguments))
+
+
+def launches(program: deviceless.Program) -> list[str]:
+    """The operations of the program's entry computation that the device launches."""
+    return [name for name, kind in operations(program) if kind in LAUNCHES]
+
+
+def operations(program: deviceless.Program):
+    """(name, kind) of the entry computation's operations."""
+    entry = program.text[program.text.index("\nENTRY") :]
+    return re.findall(r"^\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z-]*)\(", entry, flags=re.MULTILINE)
+
+
+def main():
+    """Compiles all cases, prints and writes the table, and exits with 1 if any kernel spills."""
+    lines = [
+        "# Kernels compiled for an H200, without one",
+        "",
+        f"Written by `python -m benchmarks.compile_kernels`, JAX {jax.__version__}. One decode step of one layer, the public `attend`",
+        "with T = 1: selection, attention to kept keys, window and user tokens, merge. Registers a thread, shared memory in KB.",
+        "Nothing here ran on a GPU; speeds are unmeasured.",
+        "",
+        "| step | launches | temporaries, MB | kernels: registers / shared memory |",
+        "|---|---|---|---|",
+    ]
+    spills = []
+    for case in CASES:
+        program = compile_step(case)
+        spills += [
+            f"{case}: {kernel.name} spills {kernel.spilled} bytes" for kernel in program.kernels if kernel.spilled
+        ]
+        used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
+        row = f"| {case} | {len(launches(program))} | {program.temporaries / 1e6:.1f} | {used} |"
+        print(row, flush=True)
+        lines.append(row)
+    lines += ["", f"Spills: {'; '.join(spills) or 'none'}."]
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n")
+    return len(spills) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
