@@ -1,7 +1,7 @@
 """Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.compile_kernels`.
 
-Fails on any spill. Writes registers, shared memory and the launches and temporaries of one whole decode step (selection,
-attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
+Fails on any spill. Writes registers, shared memory and the launches and temporaries of one whole decode step
+(selection, attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
 """
 
 import dataclasses
@@ -114,8 +114,9 @@ def main():
     lines = [
         "# Kernels compiled for an H200, without one",
         "",
-        f"Written by `python -m benchmarks.compile_kernels`, JAX {jax.__version__}. One decode step of one layer, the public `attend`",
-        "with T = 1: selection, attention to kept keys, window and user tokens, merge. Registers a thread, shared memory in KB.",
+        f"Written by `python -m benchmarks.compile_kernels`, JAX {jax.__version__}. One decode step of one layer, the",
+        "public `attend` with T = 1: selection, attention to kept keys, window and user tokens, merge. Registers a",
+        "thread, shared memory in KB.",
         "Nothing here ran on a GPU; speeds are unmeasured.",
         "",
         "| step | launches | temporaries, MB | kernels: registers / shared memory |",

@@ -1,9 +1,9 @@
 """Decode attention over listed granules, for Hopper: one query token a user, any subset of the fixed context's rows.
 
-A *lane* is a user and a key/value head; U = B·K of them. Each lane has a list of *items*: `granule · 256 + mask`, a run
-of 8 rows of the cache and a bit for each row that is attended. The lists of all lanes, joined end to end, are cut into
-equal shares, one a CTA, from `offsets = cumsum(num_items)` alone, on the device: heads that keep much get more CTAs, and
-the host never waits to know. A share may cover several lanes, and a lane several shares. CTA c leaves its partial result
+A *lane* is a user and a key/value head; U = B·K of them. Each lane has a list of *items*, `granule · 256 + mask`: 8
+rows of the cache and a bit for each row that is attended. The lists of all lanes, joined end to end, are cut into equal
+shares, one a CTA, from `offsets = cumsum(num_items)` alone, on the device: heads that keep much get more CTAs, and the
+host never waits to know. A share may cover several lanes, and a lane several shares. CTA c leaves its partial result
 for lane u in slot c + u (no two coincide); a second kernel merges each lane's slots.
 
 In a CTA, two producer warpgroups fetch K and V tile by tile (8 items = 64 rows, one TMA box an item) through a ring
@@ -134,9 +134,9 @@ def _attended(row, items, granule: int):
 
 
 def _attend_shares(q, keys, values, items, offsets, layer, num_heads: int, config: Config):
-    """Every CTA's share: q [U M H], keys, values [L·K R H] -> out f32[slots H' M], undivided, (max, sum) f32[slots 2 M].
+    """Every CTA's share: q [U M H], keys, values [L·K R H] -> out f32[slots H' M] and (max, sum) f32[slots 2 M].
 
-    H' is H rounded up to whole wgmma rows. Maxima are in units of log2.
+    `out` is not divided by the sum yet. H' is H rounded up to whole wgmma rows. Maxima are in units of log2.
     """
     U, M, H = q.shape
     padded_H = -(-H // TILE) * TILE
@@ -144,8 +144,8 @@ def _attend_shares(q, keys, values, items, offsets, layer, num_heads: int, confi
     per_tile = TILE // granule
     scale = LOG2E / math.sqrt(H)
 
-    def body(q_gm, k_gm, v_gm, items_gm, off_gm, layer_gm, out_gm, stats_gm, *, q_sm, k_sm, v_sm, p_sm, out_sm, stats_sm,
-             k_full, v_full, k_free, v_free, q_full):  # fmt: skip
+    def body(q_gm, k_gm, v_gm, items_gm, off_gm, layer_gm, out_gm, stats_gm, *, q_sm, k_sm, v_sm, p_sm, out_sm,
+             stats_sm, k_full, v_full, k_free, v_free, q_full):  # fmt: skip
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         total = off_gm[U]
         share = _share(total, config)
