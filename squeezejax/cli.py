@@ -13,6 +13,7 @@ from squeezejax.config import SqueezeConfig
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # exit codes; 0 = done
 _DEFAULTS = SqueezeConfig()
+DEMO_TOKENS = 4096  # a length at which the embedded model answers nearly everything right with dense attention
 # What a caller can put right by another argument or another file; every other exception is a failure.
 _CALLER_IS_WRONG = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -118,12 +119,16 @@ squeezed cache, which reads only the keys that matter to the question. Nothing i
   squeezejax demo --sparsity 0.95 --questions 12""",
         _run("squeezejax.demo", "demo"),
     )
-    command.add_argument("--sparsity", type=_fraction, default=_DEFAULTS.sparsity, help=_SPARSITY)
+    command.add_argument("--sparsity", type=_fraction, metavar="X", default=_DEFAULTS.sparsity, help=_SPARSITY)
     command.add_argument(
-        "--tokens", type=_at_least(200), help="length of the text in tokens (default: as long as the model is good at)"
+        "--tokens",
+        type=_at_least(200),
+        default=DEMO_TOKENS,
+        metavar="N",
+        help=f"length of the text in tokens (default: {DEMO_TOKENS})",
     )
-    command.add_argument("--questions", type=_at_least(1), default=6, help="how many to ask (default: 6)")
-    command.add_argument("--seed", type=int, default=0, help="another number, another text (default: 0)")
+    command.add_argument("--questions", type=_at_least(1), default=6, metavar="N", help="how many to ask (default: 6)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text (default: 0)")
     command.add_argument("--out", metavar="TREE", help="keep the squeezed text in this file, for `ask` and `info`")
     command.add_argument("--force", action="store_true", help="replace TREE if it exists")
     return command
@@ -156,7 +161,9 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
         choices=("float32", "bfloat16", "float16"),
         help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the clustering's random start (default: 0)")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
+    )
     config = command.add_argument_group("how to squeeze")
     config.add_argument(
         "--cluster-fractions",
@@ -176,6 +183,7 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
     config.add_argument(
         "--sparsity",
         type=_fraction,
+        metavar="X",
         default=_DEFAULTS.sparsity,
         help="fraction of keys to drop unless `ask` says otherwise, 0 to 1 (default: 0.9)",
     )
@@ -194,7 +202,11 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
         help="tokens of a question that share one selection, or `none` for all of them (default: 128)",
     )
     config.add_argument(
-        "--kmeans-iterations", type=_at_least(0), default=_DEFAULTS.kmeans_iterations, metavar="N", help="(default: 7)"
+        "--kmeans-iterations",
+        type=_at_least(0),
+        default=_DEFAULTS.kmeans_iterations,
+        metavar="N",
+        help="rounds of clustering (default: 7)",
     )
     config.add_argument(
         "--kmeans-tolerance",
@@ -226,12 +238,14 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     command.add_argument(
         "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
     )
-    command.add_argument("--sparsity", type=_fraction, help=_SPARSITY.replace("0.9", "as built"))
+    command.add_argument("--sparsity", type=_fraction, metavar="X", help=_SPARSITY.replace("0.9", "as built"))
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
     )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
-    command.add_argument("--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="(default: 256)")
+    command.add_argument(
+        "--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="longest answer (default: 256)"
+    )
     sampling = command.add_argument_group("random answers")
     sampling.add_argument(
         "--temperature", type=_not_negative, default=0.0, metavar="X", help="0 = always the likeliest token (default)"
@@ -240,7 +254,9 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     sampling.add_argument(
         "--top-p", type=_fraction, metavar="P", help="draw from the fewest tokens that have probability P together"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="another number, another answer (default: 0)")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another number, another answer (default: 0)"
+    )
     return command
 
 
@@ -251,6 +267,8 @@ def _add_info(commands):
         "what a squeezed file holds",
         """\
 Sizes, clusters, thresholds and notes of a file that `build` wrote; the model is not needed.
+A cluster's keys are read where the logarithm of its score for a question exceeds log T, which
+was measured so that about the fraction `sparsity` of all keys is dropped.
 
   squeezejax info book.tree
   squeezejax info --json book.tree""",

@@ -18,7 +18,6 @@ from squeezejax.models.embedded import text
 from squeezejax.squeeze import squeeze
 from squeezejax.stream import pad
 
-TOKENS = 4096  # a length at which the embedded model answers nearly everything right with dense attention
 MAX_NEW_TOKENS = 16  # a right reply has 9 tokens, its end included
 # Named, so that nothing falls back to dense attention behind the reader's back.
 IMPLEMENTATION = "xla"
@@ -40,7 +39,7 @@ def demo(arguments):
     if arguments.out is not None:
         check_out(arguments.out, arguments.force)
     folder = model_directory(EMBEDDED)
-    document = text.make_document(arguments.seed, *document_size(arguments.tokens or TOKENS))
+    document = text.make_document(arguments.seed, *document_size(arguments.tokens))
     facts = choose_facts(document.facts, arguments.questions)
     tokenizer = chat.load_tokenizer(folder)
     ids, prompt = chat.split_prompt(tokenizer, document.text)
