@@ -5,6 +5,8 @@ tree = squeezejax.squeeze(params, context_tokens)
 answer = squeezejax.generate(params, tree, question_tokens)
 """
 
+import importlib
+
 from squeezejax.attention import attend
 from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
@@ -41,3 +43,10 @@ __all__ = [
     "select",
     "squeeze",
 ]
+
+
+def __getattr__(name: str):
+    # `squeezejax.models` without an import of its own, though nothing here imports it: models import the core.
+    if name == "models":
+        return importlib.import_module("squeezejax.models")
+    raise AttributeError(f"module 'squeezejax' has no attribute {name!r}")

@@ -128,7 +128,7 @@ def attend(
     start = jnp.full(B, k.shape[1] - T, jnp.int32) if start is None else _per_user(start, B, "start")
     lengths = jnp.full(B, k.shape[1], jnp.int32) if lengths is None else _per_user(lengths, B, "lengths")
     log_T = resolve_thresholds(tree, sparsity, log_thresholds)
-    attended = attend_user(tree, q, k, v, layer, start, lengths, log_T, dispatch.resolve(implementation))
+    attended = _attend_user(tree, q, k, v, layer, start, lengths, log_T, dispatch.resolve(implementation))
     return attended.out, attended.lse
 
 
@@ -163,41 +163,53 @@ def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementatio
     return Attended(out[:, :T].reshape(B, T, N, H), lse[:, :T].reshape(B, T, N), kept)
 
 
+# Without jit every call would compile its loops again: their bodies are new functions each time.
+_attend_user = jax.jit(attend_user, static_argnames="implementation")
+
+
 def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str):
     """q [B T K G H], one selection a user, over the fixed context -> ([(out, lse), …], kept fraction f32[B])."""
     B, T, K, G, H = q.shape
-    rows_of_head = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-    partials = []
-    if tree.window_keys.shape[2]:
-        with jax.named_scope("attend_window"):
-            everything = jnp.ones((K, tree.window_keys.shape[2]), bool)
-            partials.append(reference.attend_all(rows_of_head, tree.window_keys, tree.window_values, everything, layer))
-    kernels = dispatch.decode_kernels(implementation, q[:, 0], tree.keys, tree.levels) if T == 1 else None
-    if log_T is None and kernels:
-        with jax.named_scope("attend_all_keys"):
-            partials.append(kernels.attend_all(q[:, 0], tree.keys, tree.values, tree.num_keys, layer))
-        kept_fraction = jnp.ones(B)
-    elif log_T is None:
-        with jax.named_scope("attend_all_keys"):
-            partials.append(reference.attend_all(rows_of_head, tree.keys, tree.values, tree.order[layer] >= 0, layer))
-        kept_fraction = jnp.ones(B)
-    elif kernels:
-        found = kernels.attend_kept(q[:, 0], tree.keys, tree.values, tree.levels, valid[:, 0], layer, log_T)
-        partials.append((found.out, found.lse))
-        kept_fraction = jnp.mean(found.num_kept.astype(jnp.float32), axis=1) / tree.num_keys
-    else:
+    rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+
+    def every_key():
+        with jax.named_scope("attend_every_key"):
+            return *reference.attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer), jnp.ones(B)
+
+    def kept_keys():
         runs = select_lanes(tree, q, valid, layer, log_T).runs
         with jax.named_scope("attend_kept_keys"):
             flat = lambda x: x.reshape(-1, *x.shape[2:])
             head = jnp.tile(layer * K + jnp.arange(K), B)
             out, lse = reference.attend_runs(
-                flat(rows_of_head), flat(tree.keys), flat(tree.values), jax.tree.map(flat, runs), head
+                flat(rows), flat(tree.keys), flat(tree.values), jax.tree.map(flat, runs), head
             )
-            partials.append((out.reshape(B, K, T * G, H), lse.reshape(B, K, T * G)))
-        num_rows = runs.num_rows
-        kept_fraction = jnp.mean(num_rows.astype(jnp.float32), axis=1) / tree.num_keys
+        kept = jnp.mean(runs.num_rows.astype(jnp.float32), axis=1) / tree.num_keys
+        return out.reshape(rows.shape), lse.reshape(rows.shape[:-1]), kept
+
+    kernels = dispatch.decode_kernels(implementation, q[:, 0], tree.keys, tree.levels) if T == 1 else None
+    if kernels:
+        out, lse, kept = _decode_fixed(kernels, tree, q[:, 0], valid[:, 0], layer, log_T)
+    elif log_T is None:
+        out, lse, kept = every_key()
+    else:
+        # A threshold of −∞ keeps every key, and reading them in order costs half of reading them by list.
+        out, lse, kept = jax.lax.cond(jnp.all(log_T == -jnp.inf), every_key, kept_keys)
+    partials = [(out, lse)]
+    if tree.window_keys.shape[2]:
+        with jax.named_scope("attend_window"):
+            everything = jnp.ones((K, tree.window_keys.shape[2]), bool)
+            partials.append(reference.attend_all(rows, tree.window_keys, tree.window_values, everything, layer))
     back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)
-    return [(back(out), back(lse)) for out, lse in partials], kept_fraction
+    return [(back(out), back(lse)) for out, lse in partials], kept
+
+
+def _decode_fixed(kernels, tree: Tree, q, active, layer, log_T):
+    """By the decode kernels: q [B K G H], one token a user -> (out f32[B K G H], lse, kept fraction f32[B])."""
+    if log_T is None:
+        return *kernels.attend_all(q, tree.keys, tree.values, tree.num_keys, layer), jnp.ones(q.shape[0])
+    found = kernels.attend_kept(q, tree.keys, tree.values, tree.levels, active, layer, log_T)
+    return found.out, found.lse, jnp.mean(found.num_kept.astype(jnp.float32), axis=1) / tree.num_keys
 
 
 def _per_user(value, B: int, name: str):

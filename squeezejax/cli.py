@@ -4,15 +4,16 @@ The work is done in `demo`, `commands` and `info`.
 """
 
 import argparse
-import math
 import os
 import sys
 import traceback
 
 from squeezejax.config import SqueezeConfig
+from squeezejax.kinds import at_least, count_or_none, fraction, fractions, not_negative
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # exit codes; 0 = done
 _DEFAULTS = SqueezeConfig()
+DEMO_TOKENS = 4096  # a length at which the embedded model answers nearly everything right with dense attention
 # What a caller can put right by another argument or another file; every other exception is a failure.
 _CALLER_IS_WRONG = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -118,12 +119,16 @@ squeezed cache, which reads only the keys that matter to the question. Nothing i
   squeezejax demo --sparsity 0.95 --questions 12""",
         _run("squeezejax.demo", "demo"),
     )
-    command.add_argument("--sparsity", type=_fraction, default=_DEFAULTS.sparsity, help=_SPARSITY)
+    command.add_argument("--sparsity", type=fraction, metavar="X", default=_DEFAULTS.sparsity, help=_SPARSITY)
     command.add_argument(
-        "--tokens", type=_at_least(200), help="length of the text in tokens (default: as long as the model is good at)"
+        "--tokens",
+        type=at_least(200),
+        default=DEMO_TOKENS,
+        metavar="N",
+        help=f"length of the text in tokens (default: {DEMO_TOKENS})",
     )
-    command.add_argument("--questions", type=_at_least(1), default=6, help="how many to ask (default: 6)")
-    command.add_argument("--seed", type=int, default=0, help="another number, another text (default: 0)")
+    command.add_argument("--questions", type=at_least(1), default=6, metavar="N", help="how many to ask (default: 6)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text (default: 0)")
     command.add_argument("--out", metavar="TREE", help="keep the squeezed text in this file, for `ask` and `info`")
     command.add_argument("--force", action="store_true", help="replace TREE if it exists")
     return command
@@ -156,18 +161,20 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
         choices=("float32", "bfloat16", "float16"),
         help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the clustering's random start (default: 0)")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
+    )
     config = command.add_argument_group("how to squeeze")
     config.add_argument(
         "--cluster-fractions",
-        type=_fractions,
+        type=fractions,
         default=_DEFAULTS.cluster_fractions,
         metavar="F,F",
         help="clusters per key, coarse to fine; one number for a single level (default: 0.01,0.05)",
     )
     config.add_argument(
         "--window",
-        type=_at_least(0),
+        type=at_least(0),
         default=_DEFAULTS.observation_window,
         metavar="TOKENS",
         help="last tokens of the text: always read, never clustered, and the measure of what matters "
@@ -175,7 +182,8 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
     )
     config.add_argument(
         "--sparsity",
-        type=_fraction,
+        type=fraction,
+        metavar="X",
         default=_DEFAULTS.sparsity,
         help="fraction of keys to drop unless `ask` says otherwise, 0 to 1 (default: 0.9)",
     )
@@ -188,13 +196,17 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
     )
     config.add_argument(
         "--query-block",
-        type=_count_or_none,
+        type=count_or_none,
         default=_DEFAULTS.query_block,
         metavar="TOKENS",
         help="tokens of a question that share one selection, or `none` for all of them (default: 128)",
     )
     config.add_argument(
-        "--kmeans-iterations", type=_at_least(0), default=_DEFAULTS.kmeans_iterations, metavar="N", help="(default: 7)"
+        "--kmeans-iterations",
+        type=at_least(0),
+        default=_DEFAULTS.kmeans_iterations,
+        metavar="N",
+        help="rounds of clustering (default: 7)",
     )
     config.add_argument(
         "--kmeans-tolerance",
@@ -226,21 +238,25 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     command.add_argument(
         "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
     )
-    command.add_argument("--sparsity", type=_fraction, help=_SPARSITY.replace("0.9", "as built"))
+    command.add_argument("--sparsity", type=fraction, metavar="X", help=_SPARSITY.replace("0.9", "as built"))
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
     )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
-    command.add_argument("--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="(default: 256)")
+    command.add_argument(
+        "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: 256)"
+    )
     sampling = command.add_argument_group("random answers")
     sampling.add_argument(
-        "--temperature", type=_not_negative, default=0.0, metavar="X", help="0 = always the likeliest token (default)"
+        "--temperature", type=not_negative, default=0.0, metavar="X", help="0 = always the likeliest token (default)"
     )
-    sampling.add_argument("--top-k", type=_at_least(1), metavar="N", help="draw from the N likeliest tokens only")
+    sampling.add_argument("--top-k", type=at_least(1), metavar="N", help="draw from the N likeliest tokens only")
     sampling.add_argument(
-        "--top-p", type=_fraction, metavar="P", help="draw from the fewest tokens that have probability P together"
+        "--top-p", type=fraction, metavar="P", help="draw from the fewest tokens that have probability P together"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="another number, another answer (default: 0)")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another number, another answer (default: 0)"
+    )
     return command
 
 
@@ -251,6 +267,8 @@ def _add_info(commands):
         "what a squeezed file holds",
         """\
 Sizes, clusters, thresholds and notes of a file that `build` wrote; the model is not needed.
+A cluster's keys are read where the logarithm of its score for a question exceeds log T, which
+was measured so that about the fraction `sparsity` of all keys is dropped.
 
   squeezejax info book.tree
   squeezejax info --json book.tree""",
@@ -277,52 +295,3 @@ def _run(module: str, name: str):
         return getattr(importlib.import_module(module), name)(arguments)
 
     return run
-
-
-# ---- Kinds of arguments. argparse puts the option's name in front of these sentences.
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value <= 1:
-        hint = f"; for {value:g} % write {value / 100:g}" if 1 < value <= 100 else ""
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}{hint}")
-    return value
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    return tuple(_fraction(part) for part in text.split(","))
-
-
-def _not_negative(text: str) -> float:
-    value = _number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return value
-
-
-def _at_least(least: int):
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return parse
-
-
-def _count_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else _at_least(1)(text)

@@ -18,7 +18,6 @@ from squeezejax.models.embedded import text
 from squeezejax.squeeze import squeeze
 from squeezejax.stream import pad
 
-TOKENS = 4096  # a length at which the embedded model answers nearly everything right with dense attention
 MAX_NEW_TOKENS = 16  # a right reply has 9 tokens, its end included
 # Named, so that nothing falls back to dense attention behind the reader's back.
 IMPLEMENTATION = "xla"
@@ -40,7 +39,7 @@ def demo(arguments):
     if arguments.out is not None:
         check_out(arguments.out, arguments.force)
     folder = model_directory(EMBEDDED)
-    document = text.make_document(arguments.seed, *document_size(arguments.tokens or TOKENS))
+    document = text.make_document(arguments.seed, *document_size(arguments.tokens))
     facts = choose_facts(document.facts, arguments.questions)
     tokenizer = chat.load_tokenizer(folder)
     ids, prompt = chat.split_prompt(tokenizer, document.text)
@@ -62,7 +61,8 @@ def demo(arguments):
             answers[way].append(ask(way, question, fact))
         _print_answers(number + 1, fact, answers[dense_generate][-1], answers[generate][-1])
     print("\n" + summarize(answers[dense_generate], answers[generate], tree.num_keys, tree.window_keys.shape[2]))
-    print("\n" + what_next(arguments.out, facts[0].question))
+    lost = any(a.right and not b.right for a, b in zip(answers[dense_generate], answers[generate], strict=True))
+    print("\n" + what_next(arguments.out, facts[0].question, lost))
 
 
 def document_size(tokens: int) -> tuple[int, int]:
@@ -97,11 +97,12 @@ def summarize(dense: list[Answer], squeezed: list[Answer], num_keys: int, window
     )
 
 
-def what_next(out: str | None, question: str) -> str:
-    """Commands to try after this one."""
+def what_next(out: str | None, question: str, lost: bool) -> str:
+    """Commands to try after this one; `lost`: whether squeezing made a right answer wrong."""
+    fewer, more = "fewer keys: when do answers go wrong?", "more keys: does the wrong answer come right?"
     commands = {
         "squeezejax demo --out demo.tree": "keep the squeezed text, to ask it yourself",
-        "squeezejax demo --sparsity 0.98": "read fewer keys: when do answers go wrong?",
+        f"squeezejax demo --sparsity {0.7 if lost else 0.98}": f"read {more if lost else fewer}",
         "squeezejax build --help": "your own text, and any Llama, Mistral or Qwen checkpoint",
     }
     if out is not None:

@@ -50,7 +50,7 @@ def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selec
     check_queries(tree, q, "T N H")
     log_T = resolve_thresholds(tree, sparsity, log_thresholds)
     groups = split_heads(q[None], tree.num_kv_heads)
-    kept = select_lanes(tree, groups, jnp.ones((1, q.shape[0]), bool), layer, log_T).clusters[0]
+    kept = _select_lanes(tree, groups, jnp.ones((1, q.shape[0]), bool), layer, log_T).clusters[0]
     return Selection(kept=kept, layer=jnp.asarray(layer, jnp.int32))
 
 
@@ -80,6 +80,10 @@ def select_lanes(tree: Tree, q, valid, layer, log_T) -> Kept:
         clusters = jax.lax.map(lambda user: score_heads(levels, *user, log_T)[1], (q, valid))
         list_runs = jax.vmap(lambda kept: jax.vmap(reference.kept_runs)(kept, levels[-1].starts, levels[-1].counts))
         return Kept(list_runs(clusters), clusters)
+
+
+# Without jit every call would compile its loops again: their bodies are new functions each time.
+_select_lanes = jax.jit(select_lanes)
 
 
 def resolve_thresholds(tree: Tree, sparsity, log_thresholds) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
+from squeezejax.attention import causal_attention
 from squeezejax.models import Llama, LlamaConfig
 
 TIE = 1e-9  # log scores this close are one score, whatever order they were summed in; strictly above means beyond it
@@ -309,3 +310,52 @@ def count_compilations():
         yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def plain_forward(params, tokens):
+    """q [L N T H], k, v [L K T H] after RoPE of every layer, and logits [T V], by dense attention over tokens [T]."""
+    tokens = jnp.asarray(tokens, jnp.int32)[None]
+    return _plain_forward(params, tokens)
+
+
+@jax.jit
+def _plain_forward(params, tokens):
+    seen = []
+
+    def attend(q, k, v):
+        seen.append([x[0].swapaxes(0, 1) for x in (q, k, v)])
+        return None, causal_attention(q, k, v)
+
+    x, positions = params.embed(tokens), jnp.arange(tokens.shape[1])[None]
+    for i in range(params.config.num_layers):
+        x, _ = params.apply_layer(params.layer(i), x, positions, attend)
+    return (*(jnp.stack(part) for part in zip(*seen, strict=True)), params.unembed(x)[0])
+
+
+def model_tree(params, tokens, config, seed=0, clusters=(4, 14)):
+    """A calibrated tree of tokens [S+W] without K-means: random labels, keys of a plain forward pass."""
+    q, k, v, _ = plain_forward(params, tokens)
+    rng = np.random.default_rng(seed)
+    L, K, S = k.shape[0], k.shape[1], k.shape[2] - config.observation_window
+    labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
+    for entry, C in zip(labels, clusters, strict=True):
+        entry[0, 0, 0] = C - 1
+    tree = squeezejax.build_tree(k, v, config, labels=tuple(labels))
+    tree = squeezejax.calibrate(tree, q[:, :, -max(config.observation_window, 1) :])
+    return dataclasses.replace(tree, fingerprint=params.config.fingerprint)
+
+
+@contextlib.contextmanager
+def no_host_sync():
+    """Fails on every read of a device value by the host: int, bool, float, item, numpy.asarray, printing."""
+    array = type(jnp.zeros(1))
+    original = array._value
+
+    def refuse(self):
+        raise AssertionError("the host read a value from the device")
+
+    array._value = property(refuse)
+    try:
+        yield
+    finally:
+        array._value = original

@@ -292,6 +292,13 @@ def test_summary_says_what_was_measured():
     assert "2.00 times as fast" in demo.summarize(squeezed, dense, 3996, 100)
 
 
+def test_what_next():
+    assert "demo --out demo.tree" in demo.what_next(None, "Why?", lost=False)
+    text = demo.what_next("my trees/demo.tree", "Why?", lost=True)
+    assert """squeezejax ask --tree 'my trees/demo.tree' --stats "Why?"\n""" in text
+    assert "--sparsity 0.7 " in text
+
+
 @pytest.mark.skipif(
     not (commands.model_directory(commands.EMBEDDED) / "model.safetensors").exists(), reason="no embedded weights"
 )

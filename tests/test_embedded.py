@@ -31,10 +31,11 @@ def params():
     return models.load(embedded.PATH)
 
 
-def test_documents_are_deterministic_and_state_their_facts():
-    document = text.make_document(7, 900, 20)
-    assert document == text.make_document(7, 900, 20)
-    assert document != text.make_document(8, 900, 20)
+@pytest.mark.parametrize("crowded", [False, True])
+def test_documents_are_deterministic_and_state_their_facts(crowded):
+    document = text.make_document(7, 900, 20, crowded=crowded)
+    assert document == text.make_document(7, 900, 20, crowded=crowded)
+    assert document != text.make_document(8, 900, 20, crowded=crowded)
     assert len({fact.name for fact in document.facts}) == 20
     places = [document.text.index(fact.sentence) for fact in document.facts]
     assert places == sorted(places)
@@ -50,6 +51,13 @@ def test_documents_keep_to_their_length_in_tokens(encoder, num_tokens, num_facts
         count = len(encoder.ids(document.text))
         assert count == text.count_tokens(document.text)
         assert num_tokens - 32 < count <= num_tokens
+
+
+def test_crowded_names_share_their_words():
+    facts = text.make_document(1, 900, 18, crowded=True).facts
+    firsts, seconds = zip(*(fact.name.split() for fact in facts), strict=True)
+    assert len(set(firsts)) <= 6
+    assert len(set(seconds)) <= 6
 
 
 def test_a_document_too_small_for_its_facts_is_refused():
@@ -146,14 +154,22 @@ def test_the_judged_replies_are_those_of_plain_logits(params, encoder):
     assert right.tolist() == expected
 
 
+@pytest.fixture
+def optax_promotion():
+    """Optax's Adam raises a float to its integer step count, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("optax_promotion")
 def test_training_goes_on_from_its_state_and_lowers_the_loss(encoder, tmp_path):
     config = dataclasses.replace(
         train.model_config(encoder.vocab_size, encoder.eos), model_dim=16, mlp_dim=16, num_layers=1, head_dim=8
     )
-    first = models.Llama(config, key=jax.random.key(0))
+    first = train.initial_weights(config, jax.random.key(0))
     fresh = lambda: jax.tree.map(lambda weight: weight + 0, first)
     shape = batches.Shape(160, 2, 2, (2, 4), recitals=0.5)
-    phases = (train.Phase(shape, 2, 1e-2, 1e-2), train.Phase(batches.Shape(200, 2, 2, (2, 4)), 1, 1e-2, 1e-2))
+    phases = (train.Phase(shape, 2, 1e-2, 1e-2), train.Phase(dataclasses.replace(shape, crowded=1.0), 1, 1e-2, 1e-2))
     lines = []
     whole = train.train(train.Run(fresh(), train.OPTIMIZER.init(first)), encoder, phases, every=1, report=lines.append)
     assert len(lines) == 3
@@ -174,7 +190,7 @@ def test_attention_for_training_is_causal_attention():
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 37, 4, 8))
     k, v = (jax.random.normal(key, (2, 37, 2, 8)) for key in keys[1:])
-    for block in (8, 37, 64):
+    for block in (8, 64):
         out = train.attention(q, k, v, block=block)
         np.testing.assert_allclose(np.asarray(out), np.asarray(causal_attention(q, k, v)), atol=1e-5)
 
@@ -186,10 +202,8 @@ def test_export_writes_what_load_reads(encoder, tmp_path):
     made = export.round_weights(models.Llama(config, key=jax.random.key(1)))
     export.save(tmp_path, made, encoder.bos, encoder.eos)
     read = models.load(tmp_path)
-    tokens = np.arange(12, dtype=np.int32)[None]
-    np.testing.assert_allclose(
-        np.asarray(models.logits(read, tokens)), np.asarray(models.logits(made, tokens)), atol=1e-5
-    )
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(made), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_phases_from_the_command_line():

@@ -1,6 +1,7 @@
 """Selection: which keys a set of query tokens keeps, against the oracle, by hand, and at every numerical trap."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds, select
+from squeezejax import Selection, SqueezeConfig, build_tree, calibrate, log_thresholds, select
 
 RELIABLE = 1e-4  # float32 scores further than this from a threshold fall on the same side of it as the oracle's
 LEVELS = {1: (10,), 2: (4, 10), 3: (3, 5, 10)}
@@ -58,6 +59,29 @@ def test_key_mask_equals_the_oracle(levels, seed, empty, scale, fractions, layer
     mask, gap = case.key_mask(layer, q[0], log_T)
     assume(gap > RELIABLE * max(1.0, scale))
     np.testing.assert_array_equal(key_mask(case.uncalibrated, q[0], log_T, layer), mask)
+
+
+@pytest.mark.parametrize("most_scores", [0, 2**22], ids=["masking the dead", "listing the living"])
+@pytest.mark.parametrize("clusters", [(1100,), (20, 1100), (5, 600, 1100)], ids=["flat", "two levels", "three levels"])
+def test_both_ways_of_looking_up_equal_the_oracle(monkeypatch, clusters, most_scores):
+    """With more clusters than either scores at once, and heads that keep very different numbers of them."""
+    module = sys.modules["squeezejax.select"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "MOST_SCORES", most_scores)
+    case = oracle.make_case(seed=13, clusters=clusters, S=2500, L=1, H=4, scale=2.0, empty=0.1)
+    q, _, _ = oracle.user_tokens(case)
+    look_up = jax.jit(
+        lambda tree, q, valid, log_T: module.select_lanes(tree, module.split_heads(q, case.K), valid, 0, log_T)
+    )
+    for fractions in [(0.3, 0.2, 0.5), (0.0, 0.6, 0.9), (0.7, 0.8, 0.0)]:
+        log_T = oracle.cutting_thresholds(case, 0, q[0], fractions[: len(clusters)])
+        found = look_up(case.uncalibrated, q, np.array([[True] * 3, [True, True, False]]), log_T)
+        for user, tokens in enumerate([q[0], q[1, :2]]):  # the second user's last token is padding
+            mask, gap = case.key_mask(0, tokens, log_T)
+            if gap < 2e-6:
+                continue  # a score as close to its threshold as float32 is exact
+            selection = Selection(found.clusters[user], jnp.int32(0))
+            np.testing.assert_array_equal(selection.key_mask(case.uncalibrated), mask)
+            np.testing.assert_array_equal(found.runs.num_rows[user], mask.sum(axis=1))
 
 
 @pytest.mark.parametrize(("T", "G"), [(1, 1), (1, 8), (4, 3)])
@@ -291,6 +315,16 @@ def test_trap_bfloat16_tree_scores_in_float32():
     assert gap > RELIABLE
     assert 0 < mask.sum() < mask.size
     np.testing.assert_array_equal(key_mask(case.uncalibrated, jnp.asarray(q[0], jnp.bfloat16), log_T), mask)
+
+
+def test_calls_outside_jit_compile_once():
+    """A loop over layers in plain Python must not compile the look-up again at every call."""
+    case = oracle.make_case(clusters=(4, 10))
+    q, _, _ = oracle.user_tokens(case)
+    select(case.tree, q[0], layer=0, sparsity=0.5)
+    with oracle.count_compilations() as compiled:
+        select(case.tree, q[0], layer=1, sparsity=0.7)
+    assert not compiled
 
 
 def test_selection_repeats_bit_for_bit():
