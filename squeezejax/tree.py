@@ -134,8 +134,8 @@ def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeCon
     """Sorts one layer by cluster: labels as for `build_tree`, clusters = C of each level; nothing has the axis L."""
     S = keys.shape[1] - config.observation_window
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters))(keys[:, :S], labels)
-    # Kernels fetch rows by granules, so a head ends with a whole one: the last rows may be padding, zeros.
-    padding = -S % GRANULE
+    # Kernels, which take 16-bit keys, fetch rows by granules: a head then ends with a whole one, the rest of it zeros.
+    padding = -S % GRANULE if keys.dtype.itemsize == 2 else 0
     take = lambda x: jnp.take_along_axis(x[:, :S], order[:, :, None], axis=1)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     return Tree(
