@@ -21,8 +21,9 @@ MASKED = -1e30
 def partial_attention(q, k, v, mask):
     """Attention of q [B T K G H] over k, v [B S K H] where mask bool[B T S] -> (out f32[B T K G H], lse f32[B T K G]).
 
-    A row with no key gives out 0 and lse MASKED.
+    A row with no key gives out 0 and lse MASKED. Keys and values are read in the dtype of q.
     """
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = jnp.einsum("BTKGH,BSKH->BTKGS", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     mask = mask[:, :, None, None, :]
     scores = jnp.where(mask, scores, MASKED)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from squeezejax.arguments import check_lengths, check_model, check_tokens
 from squeezejax.attention import attend_user
@@ -188,7 +189,9 @@ def _prefill(params, tree, state: State, tokens, lengths, log_T, implementation)
         x, cache, kept = _forward(params, tree, state, tokens, lengths, log_T, implementation)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B 1 D]
         logits = params.unembed(last)[:, 0]
-    return State(*cache, lengths=state.lengths + lengths, logits=logits, kept_fraction=kept)
+    # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
+    total = jnp.minimum(state.lengths + lengths, state.room)
+    return State(*cache, lengths=total, logits=logits, kept_fraction=kept)
 
 
 class _Loop(NamedTuple):
@@ -257,8 +260,8 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
 
     def attend(carry, layer, q, k, v):
         keys, values, kept = carry
-        keys = keys.at[layer, user, slot].set(k, mode="drop")
-        values = values.at[layer, user, slot].set(v, mode="drop")
+        keys = keys.at[layer, user, slot].set(k.astype(keys.dtype), mode="drop")
+        values = values.at[layer, user, slot].set(v.astype(values.dtype), mode="drop")
         out = attend_user(
             tree, q, keys[layer], values[layer], layer, state.lengths, state.lengths + counts, log_T, implementation
         )
@@ -285,7 +288,8 @@ def _with_room(state: State, num_tokens: int) -> State:
     """The state with at least num_tokens free rows for every user."""
     if isinstance(state.lengths, jax.core.Tracer):
         return state  # lengths are not known: whoever traces decides the capacity
-    missing = int(state.lengths.max()) + num_tokens - state.room
+    # NumPy's maximum: JAX's would be traced where a caller's jit closes over the state.
+    missing = int(np.asarray(state.lengths).max()) + num_tokens - state.room
     if missing <= 0:
         return state
     # Growing by whole blocks keeps the number of compiled shapes small.

@@ -47,8 +47,8 @@ class Phase:
 
 
 # The committed weights: 2,235 steps, under an hour on two busy cores. Some 600 of them went to 256 and 1,024 tokens
-# without crowded names; then every name with a second word of its own was found, and less than half of the others: that word was
-# all that the model matched. Crowded names in short texts taught it the first word too, within 450 steps.
+# without crowded names; then every name with a second word of its own was found, and less than half of the others:
+# that word was all that the model matched. Crowded names in short texts taught it the first word too in 450 steps.
 PHASES = (
     Phase(Shape(64, 32, 1, (1, 1), recitals=1.0), 4000, 3e-3, 3e-3, enough=0.9),
     Phase(Shape(160, 12, 4, (1, 4), recitals=0.3), 3000, 2e-3, 2e-3, enough=0.95),
