@@ -1,7 +1,7 @@
 """Everything to learn from a visit to a Hopper GPU: `python -m benchmarks.gpu_visit [--dry-run] [--minutes 8]`.
 
-Correctness first (every kernel, fresh random inputs, twice, against float64), then times, in order of value. Results go
-to benchmarks/results/gpu_visit.json after every suite; a second run continues with what is missing. It stops by itself when its time
+Correctness first (every kernel, fresh random inputs, twice, against float64), then times, in order of value. Results
+go to benchmarks/results/gpu_visit.json after every suite; a second run continues with what is missing. It stops by itself when its time
 is over, says of every suite whether it passed, failed or was not reached, and exits with 1 unless all passed.
 
 A time is that of one layer's whole decode step: public `attend` with T = 1 (scores, selection, attention, window and
@@ -127,7 +127,7 @@ def attend_kept(tree, q, log_T, layer):
 
 
 def find_thresholds(tree, q, fraction: float):
-    """log T f32[levels] at which q keeps `fraction` of the keys: coarser levels first, at four times it (spec.md, 4)."""
+    """log T f32[levels] at which q keeps `fraction` of the keys: coarser levels first, at four times it."""
     share = jax.jit(lambda tree, q, log_T: jnp.mean(attend_kept(tree, q, log_T, 0).num_kept / tree.num_keys))
     log_T = np.full(len(tree.levels), -np.inf, np.float32)
     for depth in range(len(tree.levels)):

@@ -1,4 +1,4 @@
-"""The visit to a GPU, rehearsed on the CPU with tiny shapes: it runs, says what it did, and goes on where it stopped."""
+"""The visit to a GPU, rehearsed on the CPU with tiny shapes: it runs, says so, and goes on where it stopped."""
 
 import json
 import os
