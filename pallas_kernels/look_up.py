@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from squeezejax.pallas_kernels.reference import MASKED, Runs, expand, kept_runs, log_mean_scores
 
-BLOCK = 512  # clusters scored at once by a lane: its chunk of centroids stays in cache
+BLOCK = 1024  # clusters scored at once by a lane: its chunk of centroids stays in cache
 
 
 class LevelArrays(NamedTuple):

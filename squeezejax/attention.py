@@ -115,7 +115,8 @@ def attend(
     user tokens, possibly with unused room; q's first token lies in row `start` i32[B] of it (default T' − T), and rows
     from `lengths` i32[B] on (default T') are padding: they are neither attended nor counted in any mean. Every
     `tree.config.query_block` tokens, counted from q's first, share one selection. `sparsity` (default the tree's) or
-    `log_thresholds` f32[levels] may be traced.
+    `log_thresholds` f32[levels] may be traced. Where no implementation is named, a sparsity at which selecting cannot
+    pay keeps every key (fallback.py).
 
     Gives (out f32[B T N H], lse f32[B T N]), lse being the log of the softmax's denominator. Raises ValueError for
     shapes that do not fit, NotImplementedError for an implementation that cannot run here.
@@ -128,7 +129,7 @@ def attend(
         )
     start = jnp.full(B, k.shape[1] - T, jnp.int32) if start is None else _per_user(start, B, "start")
     lengths = jnp.full(B, k.shape[1], jnp.int32) if lengths is None else _per_user(lengths, B, "lengths")
-    log_T = resolve_thresholds(tree, sparsity, log_thresholds)
+    log_T = resolve_thresholds(tree, sparsity, log_thresholds, implementation)
     attended = _attend_user(tree, q, k, v, layer, start, lengths, log_T, dispatch.resolve(implementation))
     return attended.out, attended.lse
 

@@ -71,12 +71,13 @@ def generate(
     tokens i32[B T] or i32[T]; `lengths` i32[B] for ragged, right-padded batches: every user gets the tokens that their
     input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window) may be traced and
     compiles nothing again. Greedy unless `temperature` > 0, which needs `key`. A user is done after any of
-    `stop_tokens`. `implementation`: None (best), "xla" or "mosaic".
+    `stop_tokens`. `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
+    "mosaic".
 
     One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit`.
     Raises ValueError for a tree of another model or not calibrated, and for arguments out of range.
     """
-    log_T = resolve_thresholds(tree, sparsity, None)
+    log_T = resolve_thresholds(tree, sparsity, None, implementation)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
     return _generate(params, tree, tokens, lengths, log_T, sampling, max_new_tokens, implementation)
 
@@ -132,7 +133,7 @@ def prefill(
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    log_T = resolve_thresholds(tree, sparsity, None)
+    log_T = resolve_thresholds(tree, sparsity, None, implementation)
     return _prefill(params, tree, state, tokens, lengths, log_T, dispatch.resolve(implementation))
 
 
@@ -159,7 +160,7 @@ def decode(
     check_model(params, tree)
     _check_count(num_tokens)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    log_T = resolve_thresholds(tree, sparsity, None)
+    log_T = resolve_thresholds(tree, sparsity, None, implementation)
     state = _with_room(state, num_tokens)
     return _decode(params, tree, state, log_T, sampling, num_tokens, dispatch.resolve(implementation))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.calibrate import log_thresholds as log_thresholds_at
+from squeezejax.fallback import dense_if_cheaper
 from squeezejax.pallas_kernels import reference
 from squeezejax.pallas_kernels.look_up import LevelArrays, look_up
 from squeezejax.scores import MOST_SCORES, layer_level, score_heads
@@ -45,7 +46,8 @@ def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selec
 
     `sparsity` (default the tree's) is looked up in the calibrated table; `log_thresholds` f32[levels] overrides it.
     Both may be traced, as may `layer`. A cluster is kept iff its log A exceeds log T strictly and its ancestors are
-    kept. Raises ValueError for shapes that do not fit the tree, or for a tree without thresholds where they are needed.
+    kept. A sparsity at which selecting cannot pay in this tree keeps every key, as in `attend` (fallback.py).
+    Raises ValueError for shapes that do not fit the tree, or for a tree without thresholds where they are needed.
     """
     check_queries(tree, q, "T N H")
     log_T = resolve_thresholds(tree, sparsity, log_thresholds)
@@ -86,10 +88,15 @@ def select_lanes(tree: Tree, q, valid, layer, log_T) -> Kept:
 _select_lanes = jax.jit(select_lanes)
 
 
-def resolve_thresholds(tree: Tree, sparsity, log_thresholds) -> jax.Array:
-    """log T f32[levels] from an explicit value, else from the table at `sparsity`, else at the tree's own sparsity."""
+def resolve_thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None = None) -> jax.Array:
+    """log T f32[levels] from an explicit value, else from the table at `sparsity`, else at the tree's own sparsity.
+
+    A sparsity, where no implementation is named, becomes −∞ if dense attention is expected to be faster.
+    """
     if log_thresholds is None:
-        return log_thresholds_at(tree, tree.config.sparsity if sparsity is None else sparsity)
+        sparsity = tree.config.sparsity if sparsity is None else sparsity
+        log_T = log_thresholds_at(tree, sparsity)
+        return dense_if_cheaper(tree, sparsity, log_T) if implementation is None else log_T
     if sparsity is not None:
         raise ValueError("give sparsity or log_thresholds, not both")
     log_T = jnp.asarray(log_thresholds, jnp.float32)

@@ -168,6 +168,8 @@ class _Reporter:
 
 
 def _draw_bar(progress: Progress):
+    if progress.stage != "calibrated" and not sys.stderr.isatty():
+        return  # a file wants the last line only, not every state of a bar
     fraction = progress.done / progress.total
     bar = "█" * round(30 * fraction)
     end = "\n" if progress.stage == "calibrated" else ""

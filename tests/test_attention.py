@@ -26,6 +26,8 @@ def check(case, q, k, v, *, tree=None, start=None, lengths=None, log_T=None, lay
     cast = lambda x: jnp.asarray(x, case.dtype)
     B, T = q.shape[:2]
     log_T = log_thresholds(tree, options["sparsity"]) if log_T is None else log_T
+    # A named implementation never falls back to dense attention; without one only explicit thresholds do not.
+    implementation = "xla" if options else implementation
     options = options or {"log_thresholds": jnp.asarray(log_T, jnp.float32)}
     start = np.full(B, k.shape[1] - T, np.int32) if start is None else np.asarray(start, np.int32)
     lengths = np.full(B, k.shape[1], np.int32) if lengths is None else np.asarray(lengths, np.int32)
@@ -176,11 +178,9 @@ def test_defaults_of_start_and_lengths():
     """q are the last tokens of a cache without unused room."""
     case = base_case()
     q, k, v = oracle.user_tokens(case, T=3, room=7)
-    default = oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=0.5)
-    explicit = oracle.attend_jit(
-        case.tree, q, k, v, layer=0, sparsity=0.5, start=np.array([4, 4], np.int32), lengths=np.array([7, 7], np.int32)
-    )
-    chex.assert_trees_all_equal(default, explicit)
+    default = oracle.attend_jit(case.tree, q, k, v, layer=1, log_thresholds=jnp.array([-jnp.inf, -4.2]))
+    explicit = check(case, q, k, v, log_T=[-np.inf, -4.2], start=np.array([4, 4]), lengths=np.array([7, 7]))
+    chex.assert_trees_all_close(default, explicit, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("garbage", [1e4, -1e4])
@@ -201,7 +201,7 @@ def test_padding_queries_enter_no_mean():
     case = base_case()
     q, k, v = oracle.user_tokens(case, T=3, room=3)
     lengths = np.array([1, 3], np.int32)
-    q[0, 1:] = 50.0
+    q = np.where(np.arange(3)[:, None, None] < lengths[:, None, None, None], q, np.float32(50.0))
     out, lse = check(case, q, k, v, log_T=[-np.inf, -4.2], lengths=lengths)
     alone = oracle.attend_jit(
         case.tree, q[:1, :1], k[:1, :1], v[:1, :1], layer=1, log_thresholds=jnp.array([-jnp.inf, -4.2])
@@ -224,7 +224,7 @@ def test_layer_sparsity_start_and_lengths_may_be_traced():
     q, k, v = oracle.user_tokens(case)
     program = jax.jit(
         lambda tree, layer, p, start, lengths: attend(
-            tree, q, k, v, layer=layer, sparsity=p, start=start, lengths=lengths
+            tree, q, k, v, layer=layer, sparsity=p, start=start, lengths=lengths, implementation="xla"
         )
     )
     for layer, p, start in [(0, -1.0, 4), (1, 0.0, 0), (1, 0.6, 2), (0, 1.0, 1), (0, 2.0, 4)]:
@@ -238,8 +238,24 @@ def test_layer_sparsity_start_and_lengths_may_be_traced():
 def test_default_sparsity_is_the_trees():
     case = base_case(sparsity=0.4)
     q, k, v = oracle.user_tokens(case)
-    default = oracle.attend_jit(case.tree, q, k, v, layer=0)
-    chex.assert_trees_all_equal(default, oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=0.4))
+    default = oracle.attend_jit(case.tree, q, k, v, layer=1, implementation="xla")
+    chex.assert_trees_all_close(default, check(case, q, k, v, sparsity=jnp.float32(0.4)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
+def test_without_a_named_implementation_attend_reads_what_select_names(sparsity):
+    """Where a cost rule falls back to dense attention, selections say so too."""
+    case = base_case(K=2, L=1)
+    q, k, v = oracle.user_tokens(case, T=3, room=3)
+    out, _ = oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=jnp.float32(sparsity))
+    for user in range(2):
+        mask = np.asarray(
+            oracle.select_jit(case.tree, q[user], layer=0, sparsity=jnp.float32(sparsity)).key_mask(case.tree)
+        )
+        expected, _ = oracle.attend(case, 0, q[user], k[user], v[user], 0, [mask] * 3)
+        np.testing.assert_allclose(out[user], expected, atol=1e-4)
+        exact = case.key_mask(0, q[user], np.asarray(log_thresholds(case.tree, sparsity)))[0]
+        assert np.all(mask) or np.array_equal(mask, exact)
 
 
 def test_calls_outside_jit_compile_once():
@@ -343,14 +359,17 @@ def test_dense_attention_over_the_tree_reads_valid_rows_once(chunk):
 def test_a_decode_step_copies_no_layer_of_keys():
     """Temporaries of one token's attention over 64K keys stay far below the layer's keys, let alone the tree's."""
     L, K, S, H, C = 2, 2, 65536, 16, 64
-    tree = jax.eval_shape(lambda: oracle.make_case(clusters=(4, C), L=L, K=K, S=256, W=4, H=H).tree)
     resize = lambda x: jax.ShapeDtypeStruct((L, K, S, *x.shape[3:]), x.dtype)
+    small = oracle.make_case(clusters=(4, C), L=L, K=K, S=256, W=4, H=H).tree
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
     tree = dataclasses.replace(
         tree, keys=resize(tree.keys), values=resize(tree.values), order=resize(tree.order), num_keys=S
     )
     q, k = (jax.ShapeDtypeStruct((1, rows, heads, H), jnp.float32) for rows, heads in ((1, 4), (8, 2)))
     layer, p = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    program = jax.jit(lambda tree, q, k, v, layer, p: attend(tree, q, k, v, layer=layer, sparsity=p))
+    program = jax.jit(
+        lambda tree, q, k, v, layer, p: attend(tree, q, k, v, layer=layer, sparsity=p, implementation="xla")
+    )
     memory = program.lower(tree, q, k, k, layer, p).compile().memory_analysis()
     assert memory.temp_size_in_bytes < K * S * H * 4 / 4
 

@@ -115,7 +115,9 @@ def kept_case(clusters):
     return _cases[clusters]
 
 
-mask_at = jax.jit(lambda tree, q, layer, p: select(tree, q, layer=layer, sparsity=p).key_mask(tree))
+mask_at = jax.jit(
+    lambda tree, q, layer, p: select(tree, q, layer=layer, log_thresholds=log_thresholds(tree, p)).key_mask(tree)
+)
 
 
 def calibration_mask(case, layer, sparsity):
@@ -129,7 +131,8 @@ def test_one_threshold_for_all_heads():
     labels = (np.array([[[0] + 5 * [1] + 4 * [2], [0] * 4 + [1] * 3 + [2] * 3]]),)
     config = SqueezeConfig(cluster_fractions=(0.3,), observation_window=0)
     tree = calibrate(build_tree(keys, keys, config, labels=labels), np.ones((1, 2, 1, 1), np.float32))
-    kept = select(tree, np.ones((1, 2, 1), np.float32), layer=0, sparsity=0.5).num_kept(tree)
+    q = np.ones((1, 2, 1), np.float32)
+    kept = select(tree, q, layer=0, log_thresholds=log_thresholds(tree, 0.5)).num_kept(tree)
     np.testing.assert_array_equal(kept, [1, 7])  # A: 1.0 once, then 0.11 … 0.09, then the 9 keys at e⁻⁹
 
 

@@ -97,25 +97,27 @@ def test_scores_are_means_over_tokens_and_the_groups_heads(T, G):
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("sparsity", [-0.5, 0.0, 0.3, 0.5, 0.8, 0.95, 1.0, 1.5])
-def test_sparsity_means_the_table_at_it(levels, sparsity):
+def test_thresholds_of_a_sparsity_keep_what_the_oracle_keeps(levels, sparsity):
     case = oracle.make_case(seed=9, clusters=LEVELS[levels])
     q, _, _ = oracle.user_tokens(case)
     log_T = log_thresholds(case.tree, sparsity)
-    selection = oracle.select_jit(case.tree, q[0], layer=1, sparsity=jnp.float32(sparsity))
+    selection = oracle.select_jit(case.tree, q[0], layer=1, log_thresholds=log_T)
     mask = np.asarray(selection.key_mask(case.tree))
-    np.testing.assert_array_equal(mask, key_mask(case.tree, q[0], log_T, 1))
     np.testing.assert_array_equal(mask, case.key_mask(1, q[0], np.asarray(log_T))[0])
     np.testing.assert_array_equal(selection.num_kept(case.tree), mask.sum(axis=1))
     if not 0 < sparsity < 1:
         assert np.all(mask == (sparsity <= 0))
 
 
-def test_default_sparsity_is_the_trees():
+@pytest.mark.parametrize("sparsity", [None, -0.5, 0.0, 0.4, 0.9, 1.0, 1.5])
+def test_sparsity_means_its_thresholds_or_every_key(sparsity):
+    """Every key where a cost rule falls back to dense attention, which it may for 0 < p < 1; None is the tree's."""
     case = oracle.make_case(clusters=(10,), sparsity=0.4)
     q, _, _ = oracle.user_tokens(case)
-    default, explicit = select(case.tree, q[0], layer=0), select(case.tree, q[0], layer=0, sparsity=0.4)
-    np.testing.assert_array_equal(default.kept, explicit.kept)
-    assert np.any(default.kept != select(case.tree, q[0], layer=0, sparsity=0.9).kept)
+    p = 0.4 if sparsity is None else sparsity
+    mask = np.asarray(select(case.tree, q[0], layer=0, sparsity=sparsity).key_mask(case.tree))
+    exact = key_mask(case.tree, q[0], log_thresholds(case.tree, p))
+    assert np.array_equal(mask, exact) or (np.all(mask) and 0 < p < 1)
 
 
 def test_layer_and_sparsity_may_be_traced_without_compiling_again():

@@ -1,0 +1,31 @@
+"""When selecting keys does not pay: the rule that turns a request into dense attention (design.md, dense fallback).
+
+Selecting costs a fixed overhead and a look-up that grows with the context, and a kept key, read by list, costs more
+than a key read in order. With the time of dense attention as the unit, a step over S keys that keeps the fraction f
+costs about
+
+    LOOK_UP + READ_BY_LIST · f + OVERHEAD / bytes of one layer's keys and values
+
+and pays where that is below 1. The numbers were fitted to `python -m benchmarks.online --only decode auto` (two CPU
+cores, float32; benchmarks/NOTES.md); f is taken as 1 − sparsity, which a decode step seldom exceeds.
+"""
+
+import jax.numpy as jnp
+
+from squeezejax.tree import Tree
+
+LOOK_UP = 0.10
+READ_BY_LIST = 2.0
+OVERHEAD = 30e6  # bytes that dense attention reads in the time of the fixed overhead
+
+
+def dense_if_cheaper(tree: Tree, sparsity, log_T):
+    """log T f32[levels], or −∞, which keeps every key, where reading every key is expected to be faster.
+
+    A sparsity of 1 and more stays what it is: nothing but the window, by definition.
+    """
+    _, K, _, H = tree.keys.shape
+    read = 2 * K * H * tree.keys.dtype.itemsize * tree.num_keys
+    kept = 1 - jnp.asarray(sparsity, jnp.float32)
+    cost = LOOK_UP + READ_BY_LIST * kept + OVERHEAD / read
+    return jnp.where((cost >= 1) & (kept > 0), -jnp.inf, log_T)
