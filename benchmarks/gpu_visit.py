@@ -1,8 +1,9 @@
 """Everything to learn from a visit to a Hopper GPU: `python -m benchmarks.gpu_visit [--dry-run] [--minutes 8]`.
 
 Correctness first (every kernel, fresh random inputs, twice, against float64), then times, in order of value. Results
-go to benchmarks/results/gpu_visit.json after every suite; a second run continues with what is missing. It stops by itself when its time
-is over, says of every suite whether it passed, failed or was not reached, and exits with 1 unless all passed.
+go to benchmarks/results/gpu_visit.json after every suite; a second run continues with what is missing. It stops by
+itself when its time is over, says of every suite whether it passed, failed or was not reached, and exits with 1 unless
+all passed.
 
 A time is that of one layer's whole decode step: public `attend` with T = 1 (scores, selection, attention, window and
 user tokens, merge), repeated on the device inside one jitted loop, every step depending on the one before. `--dry-run`
