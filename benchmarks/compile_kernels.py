@@ -15,7 +15,11 @@ import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
+from squeezejax.generate import _prefill_and_decode  # isort: skip
+from squeezejax.models.config import LlamaConfig  # isort: skip
+from squeezejax.models.llama import Llama  # isort: skip
 from squeezejax.pallas_kernels import dispatch  # isort: skip
+from squeezejax.sampling import sampling_of  # isort: skip
 from squeezejax.tree import Level, Tree  # isort: skip
 
 TABLE = pathlib.Path(__file__).with_name("results") / "compile_h200.md"
@@ -96,6 +100,23 @@ def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Progr
 
     with dispatch.force_mosaic():
         return deviceless.compile_program(step, *deviceless.on_device(arguments))
+
+
+def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
+    """The whole jitted `generate` of a small random model: user tokens, then a loop of decode steps."""
+    heads = {"num_heads": case.kv_heads * case.group, "num_kv_heads": case.kv_heads, "head_dim": case.head_dim}
+    config = LlamaConfig(vocab_size=512, model_dim=512, mlp_dim=1024, num_layers=case.layers, **heads)
+    params = jax.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=jnp.dtype(case.dtype)))
+    shape = jax.ShapeDtypeStruct
+    tokens, log_T = shape((case.users, 8), jnp.int32), shape((len(case.fractions),), jnp.float32)
+    sampling = sampling_of(0.0, None, None, None, ())
+
+    def run(params, tree, tokens, lengths, log_T):
+        return _prefill_and_decode(params, tree, tokens, lengths, log_T, sampling, num_tokens, "mosaic")
+
+    arguments = (params, tree_shapes(case), tokens, shape((case.users,), jnp.int32), log_T)
+    with dispatch.force_mosaic():
+        return deviceless.compile_program(run, *deviceless.on_device(arguments))
 
 
 def launches(program: deviceless.Program) -> list[str]:

@@ -36,6 +36,31 @@ print(json.dumps(found))
 """
 
 
+GENERATE = """
+import json, re
+from benchmarks.compile_kernels import Case, compile_generate
+case = Case(64, 4, kv_heads=2, num_keys=32768, layers=4)
+program = compile_generate(case)
+cache = 2 * case.kv_heads * case.num_keys * case.head_dim * 2
+copies = [line for line in program.text.splitlines() if re.search(r" = bf16\\[[0-9,]*32768", line)
+          and (" copy(" in line or " dynamic-slice(" in line)]
+print(json.dumps([program.text.count('custom_call_target="mosaic_gpu_v2"'), program.temporaries / cache, copies]))
+"""
+
+
+def test_a_whole_generate_holds_the_kernels_once_and_no_copy():
+    """Five kernels in the loop over layers in the loop over steps; temporaries under one layer's keys and values."""
+    run = subprocess.run(
+        [sys.executable, "-c", GENERATE],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
+    assert kernels == 5
+    assert temporaries < 0.5
+    assert not copies
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """What each case compiled to. In a process of its own: compiling for a device sets the environment of JAX."""
