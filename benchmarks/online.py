@@ -148,7 +148,8 @@ def prefill(args) -> list[dict]:
         tree = synthetic_tree(size)
         for T in (16, 128, 1024):
             step = make_step(tree, T)
-            log_T = thresholds_for(step.kept, tree, 0.1, steps=12)
+            # Selections are of 128 tokens at most, so a first block of them finds the threshold.
+            log_T = thresholds_for(make_step(tree, min(T, 128)).kept, tree, 0.1, steps=12)
             calls = {"squeezed": functools.partial(step.squeezed, log_T), "chunked": step.dense}
             if T * HEADS * size * 4 < 2**31:  # else its scores alone are gigabytes
                 calls["einsum"] = functools.partial(_dense_einsum, step.tree, step.q)

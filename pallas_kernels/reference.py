@@ -114,7 +114,7 @@ def _softmax_end(state: _Softmax):
     return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
 
 
-def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 512, block: int = 2048):
+def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 512, block: int = 1024):
     """Exact attention of each lane over the rows of its runs -> (out f32[U M H], lse f32[U M]).
 
     q [U M H]; keys, values [L·K R H]; runs, every field with a leading axis U; head i32[U], the lane's index in L·K.
