@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
+
 from squeezejax.models.config import LlamaConfig, parse_config, parse_stop_tokens
 from squeezejax.models.llama import Llama
 

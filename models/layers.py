@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from squeezejax.models.config import RopeConfig
 
 

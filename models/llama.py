@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from squeezejax.models.config import LlamaConfig
-from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
 
 from squeezejax.attention import causal_attention
+from squeezejax.models.config import LlamaConfig
+from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
 
 # attend(carry, layer, q [B T N H], k [B T K H], v [B T K H]) -> (carry, out [B T N H]); q and k are after RoPE.
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]

@@ -1,6 +1,7 @@
-"""Which implementation runs: `None` picks the best that applies, a name means that one or an error.
+"""Which implementation runs: a name means that one or an error, `None` picks the best that has proved itself.
 
-"xla" is plain XLA and runs everywhere; "mosaic" is the Hopper kernels (decode; prefill still runs as "xla").
+"xla" is plain XLA and runs everywhere. "mosaic" is the Hopper kernels: decode steps run by them, prefill still as
+"xla". They have been interpreted and compiled for an H200, but never run on one, so `None` does not choose them yet.
 """
 
 import contextlib
@@ -13,12 +14,12 @@ _forced = False
 
 
 def resolve(implementation: str | None) -> str:
-    """The implementation to use for a request: "xla", "mosaic", or "auto", which is mosaic wherever it can.
+    """The implementation to use for a request, "xla" or "mosaic".
 
     Raises ValueError for an unknown name, NotImplementedError for one that cannot run here.
     """
     if implementation is None:
-        return "xla" if _missing() else "auto"
+        return "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "mosaic" and (reason := _missing()):
@@ -35,12 +36,7 @@ def decode_kernels(implementation: str, q, keys, levels):
         return None
     from squeezejax.pallas_kernels import decode  # imports Mosaic, which older JAX lacks
 
-    try:
-        decode.check(q, keys, levels)
-    except NotImplementedError:
-        if implementation == "mosaic":
-            raise
-        return None
+    decode.check(q, keys, levels)
     return decode
 
 

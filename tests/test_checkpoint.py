@@ -18,9 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch_models import CLASSES, make_model, to_transformers_4
+
 from squeezejax.models import Llama, checkpoint, load
 from squeezejax.models.config import parse_config
-from torch_models import CLASSES, make_model, to_transformers_4
 
 KEY = "model.layers.1.self_attn.k_proj.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 32}

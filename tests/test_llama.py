@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch_models import make_config, make_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from squeezejax.models import Llama, LlamaConfig, RopeConfig, load, logits
 from squeezejax.models.config import parse_config
 from squeezejax.models.layers import rope_frequencies
-from torch_models import make_config, make_model
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LLAMA3 = {
     "rope_type": "llama3",
