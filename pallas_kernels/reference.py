@@ -1,8 +1,7 @@
 """Plain XLA for every kernel: the oracle that kernels are tested against, and the path of CPU, TPU and older GPUs.
 
-A *lane* is one set of query rows that share one selection and one key/value head; U lanes of M rows each. Rows of all
-layers and heads lie in one flat cache [R H]; a lane names its kept rows by a list, so no key is ever copied but into
-the chunk at hand.
+A *lane* is one set of query rows that share one selection and one key/value head; U lanes of M rows each. A lane names
+its layer and head in the cache and its kept rows by runs, so no key is ever copied but into the chunk at hand.
 """
 
 import functools
@@ -103,8 +102,9 @@ def _softmax_add(state: _Softmax, part: _Softmax, lane) -> _Softmax:
     keep = jnp.exp(state.top - top)
     # A sum over one-hot weights, not a scatter: its order is fixed, so results repeat bit for bit on every device.
     weights = jnp.where(member[:, :, None], jnp.exp(tops - top[:, None]), 0.0)
-    total = state.total * keep + jnp.einsum("UPM,PM->UM", weights, part.total)
-    out = state.out * keep[:, :, None] + jnp.einsum("UPM,PMH->UMH", weights, part.out)
+    add = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # accelerators would round both factors
+    total = state.total * keep + add("UPM,PM->UM", weights, part.total)
+    out = state.out * keep[:, :, None] + add("UPM,PMH->UMH", weights, part.out)
     return _Softmax(top, total, out)
 
 
