@@ -71,7 +71,7 @@ def base_case(levels=2, **options):
     ragged=st.lists(st.integers(0, 4), min_size=2, max_size=2),
 )
 def test_attend_equals_the_oracle(implementation, levels, seed, empty, scale, fractions, layer, ragged):
-    case = oracle.make_case(seed, clusters=LEVELS[levels], empty=empty, scale=scale, S=40)
+    case = oracle.make_case(seed, clusters=LEVELS[levels], empty=empty, scale=scale)
     q, k, v = oracle.user_tokens(case, seed)
     log_T = oracle.cutting_thresholds(case, layer, q[0], fractions[:levels])
     start = np.array(ragged, np.int32)
@@ -82,13 +82,12 @@ def test_attend_equals_the_oracle(implementation, levels, seed, empty, scale, fr
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("levels", [1, 2])
-def test_sparsity_reads_the_table(levels, sparsity):
-    case = base_case(levels)
+def test_sparsity_reads_the_table(sparsity):
+    case = base_case()
     check(case, *oracle.user_tokens(case), sparsity=jnp.float32(sparsity))
 
 
-@pytest.mark.parametrize("G", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("G", [1, 3, 8])
 def test_gqa_groups_from_1_to_8(G):
     case = base_case(G=2, K=1, L=1)
     check(case, *oracle.user_tokens(case, G=G, T=2), log_T=[-np.inf, -4.2], layer=0)
@@ -97,26 +96,20 @@ def test_gqa_groups_from_1_to_8(G):
 @pytest.mark.parametrize(
     "options",
     [
-        {"H": 33},
+        {"H": 33, "W": 1},
         {"W": 0, "Q": 3},
-        {"W": 1},
-        {"L": 1, "K": 5},
         {"S": 1, "clusters": (1,)},
-        {"S": 10, "clusters": (10,), "empty": 0.0},
-        {"S": 3, "W": 2, "clusters": (2,)},
+        {"S": 10, "clusters": (10,), "empty": 0.0, "L": 1, "K": 5},
         {"scale": 200.0},
     ],
     ids=[
-        "odd head size",
+        "odd head size, window of one",
         "no window",
-        "window of one",
-        "heads > layers",
         "one key",
-        "one key per cluster",
-        "user input longer than the context",
+        "one key per cluster, heads > layers",
         "logits of several hundred",
     ],
-)  # fmt: skip
+)
 def test_trap(options):
     case = oracle.make_case(seed=21, **{"clusters": (4, 10)} | options)
     q, k, v = oracle.user_tokens(case, T=3, room=12)
@@ -133,14 +126,14 @@ def test_trap_no_survivor_leaves_window_and_user_tokens():
 
 def test_trap_no_window_and_no_survivor_leave_the_token_itself():
     case = oracle.make_case(seed=21, clusters=(4, 10), W=0, Q=3)
-    q, k, v = oracle.user_tokens(case, T=1, room=1)
-    out, _ = check(case, q, k, v, sparsity=jnp.float32(1.0))
-    np.testing.assert_allclose(out, np.repeat(v, 2, axis=2), rtol=1e-6)
+    q, k, v = oracle.user_tokens(case, T=3, room=12)
+    out, _ = check(case, q, k, v, sparsity=jnp.float32(1.0), start=np.array([0, 0]), lengths=np.array([3, 1]))
+    np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], 2, axis=1), rtol=1e-6)
 
 
-def test_trap_long_user_input_never_drops_the_window():
+def test_trap_user_input_longer_than_the_context_keeps_the_window():
     """The paper's code gives the window a score of 1/T, so that a long question loses it."""
-    case = oracle.make_case(seed=22, clusters=(4, 10), W=4)
+    case = oracle.make_case(seed=22, clusters=(4, 10), S=20, W=4)
     values = case.values.copy()
     values[:, :, -4:] = 1e3
     case = dataclasses.replace(case, values=values)
@@ -149,15 +142,8 @@ def test_trap_long_user_input_never_drops_the_window():
     assert np.abs(out).min(axis=-1).max() > 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_trap_low_precision(dtype):
-    """Rounded keys, values and weights; scores, sums and results stay float32."""
-    case = oracle.make_case(seed=23, clusters=(4, 10), dtype=dtype, H=34)
-    q, k, v = oracle.user_tokens(case)
-    check(case, q, k, v, log_T=[-np.inf, -4.2])
-
-
-def test_float32_queries_over_a_bfloat16_tree():
+def test_trap_low_precision():
+    """Rounded keys, values and weights; scores, sums and results stay float32. Queries may be of another dtype."""
     case = oracle.make_case(seed=23, clusters=(4, 10), dtype=jnp.bfloat16, H=34)
     q, k, v = oracle.user_tokens(case)
     low = check(case, q, k, v, log_T=[-np.inf, -4.2])
@@ -165,9 +151,8 @@ def test_float32_queries_over_a_bfloat16_tree():
     chex.assert_trees_all_close(low, high, atol=2e-2)
 
 
-@pytest.mark.parametrize("query_block", [2, None])
-def test_blocks_of_query_tokens_share_a_selection(query_block):
-    case = base_case(query_block=query_block)
+def test_blocks_of_query_tokens_share_a_selection():
+    case = base_case(query_block=2)
     q, k, v = oracle.user_tokens(case, T=5, room=8)
     check(case, q, k, v, log_T=[-np.inf, -4.15])
     lengths = np.array([8, 6], np.int32)  # the second user's last block holds padding, which must not enter its mean
@@ -199,10 +184,10 @@ def test_unused_room_is_not_read(garbage):
 def test_padding_queries_enter_no_mean():
     """A user whose tokens 2 and 3 are padding gets for token 1 what it gets alone, whatever the padding holds."""
     case = base_case()
-    q, k, v = oracle.user_tokens(case, T=3, room=3)
+    q, k, v = oracle.user_tokens(case)
     lengths = np.array([1, 3], np.int32)
     q = np.where(np.arange(3)[:, None, None] < lengths[:, None, None, None], q, np.float32(50.0))
-    out, lse = check(case, q, k, v, log_T=[-np.inf, -4.2], lengths=lengths)
+    out, lse = check(case, q, k, v, log_T=[-np.inf, -4.2], start=np.zeros(2), lengths=lengths)
     alone = oracle.attend_jit(
         case.tree, q[:1, :1], k[:1, :1], v[:1, :1], layer=1, log_thresholds=jnp.array([-jnp.inf, -4.2])
     )
@@ -212,47 +197,34 @@ def test_padding_queries_enter_no_mean():
 def test_users_do_not_see_each_other():
     case = base_case()
     q, k, v = oracle.user_tokens(case)
-    both = oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=0.6)
-    other = [np.concatenate([x[:1], x[1:] + 1]) for x in (q, k, v)]
-    changed = oracle.attend_jit(case.tree, *other, layer=0, sparsity=0.6)
+    both = check(case, q, k, v, log_T=[-np.inf, -4.2])
+    changed = check(case, *(np.concatenate([x[:1], x[1:] + 1]) for x in (q, k, v)), log_T=[-np.inf, -4.2])
     np.testing.assert_array_equal(both[0][0], changed[0][0])
     assert not np.allclose(both[0][1], changed[0][1])
 
 
-def test_layer_sparsity_start_and_lengths_may_be_traced():
+def test_layer_sparsity_start_and_lengths_may_be_traced_and_compile_nothing_again():
     case = base_case()
     q, k, v = oracle.user_tokens(case)
-    program = jax.jit(
-        lambda tree, layer, p, start, lengths: attend(
-            tree, q, k, v, layer=layer, sparsity=p, start=start, lengths=lengths, implementation="xla"
-        )
-    )
-    for layer, p, start in [(0, -1.0, 4), (1, 0.0, 0), (1, 0.6, 2), (0, 1.0, 1), (0, 2.0, 4)]:
-        rows = np.array([start, 4], np.int32)
-        traced = program(case.tree, jnp.int32(layer), jnp.float32(p), jnp.asarray(rows), jnp.asarray(rows + 3))
-        expected = check(case, q, k, v, sparsity=p, layer=layer, start=rows, lengths=rows + 3)
-        chex.assert_trees_all_close(traced, expected, rtol=1e-6, atol=1e-6)
-    assert program._cache_size() == 1
-
-
-def test_default_sparsity_is_the_trees():
-    case = base_case(sparsity=0.4)
-    q, k, v = oracle.user_tokens(case)
-    default = oracle.attend_jit(case.tree, q, k, v, layer=1, implementation="xla")
-    chex.assert_trees_all_close(default, check(case, q, k, v, sparsity=jnp.float32(0.4)), rtol=1e-5, atol=1e-6)
+    check(case, q, k, v, sparsity=0.6)  # through a jit of which all of these are arguments
+    with oracle.count_compilations() as compiled:
+        for layer, p, start in [(0, -1.0, 4), (1, 0.0, 0), (1, 0.6, 2), (0, 1.0, 1), (0, 2.0, 4)]:
+            rows = np.array([start, 4], np.int32)
+            check(case, q, k, v, sparsity=p, layer=layer, start=rows, lengths=rows + 3)
+    assert "jit(attend)" not in compiled
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.9])
 def test_without_a_named_implementation_attend_reads_what_select_names(sparsity):
     """Where a cost rule falls back to dense attention, selections say so too."""
-    case = base_case(K=2, L=1)
-    q, k, v = oracle.user_tokens(case, T=3, room=3)
+    case = base_case()
+    q, k, v = oracle.user_tokens(case)
     out, _ = oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=jnp.float32(sparsity))
     for user in range(2):
         mask = np.asarray(
             oracle.select_jit(case.tree, q[user], layer=0, sparsity=jnp.float32(sparsity)).key_mask(case.tree)
         )
-        expected, _ = oracle.attend(case, 0, q[user], k[user], v[user], 0, [mask] * 3)
+        expected, _ = oracle.attend(case, 0, q[user], k[user], v[user], 4, [mask] * 3)
         np.testing.assert_allclose(out[user], expected, atol=1e-4)
         exact = case.key_mask(0, q[user], np.asarray(log_thresholds(case.tree, sparsity)))[0]
         assert np.all(mask) or np.array_equal(mask, exact)
@@ -328,15 +300,18 @@ def test_causal_attention_equals_the_oracle(T):
             np.testing.assert_allclose(out[0, t, n], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 8, 13])
+attend_cached_jit = jax.jit(attend_cached, static_argnames="chunk")
+
+
+@pytest.mark.parametrize("start", [0, 2, 3, 13])
 def test_attend_cached_equals_causal_attention(start):
     """Chunks of keys up to the last one visible; rows beyond hold garbage."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, 16, heads, 5)).astype(np.float32) for heads in (4, 2, 2))
     expected = causal_attention(q, k, v)[:, start : start + 3]
     k[:, start + 3 :], v[:, start + 3 :] = 1e3, 1e3
-    for chunk in (5, 8, 16):
-        out = attend_cached(q[:, start : start + 3], k, v, start, chunk=chunk)
+    for chunk in (5, 16):
+        out = attend_cached_jit(q[:, start : start + 3], k, v, start, chunk=chunk)
         np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -356,28 +331,10 @@ def test_dense_attention_over_the_tree_reads_valid_rows_once(chunk):
 # ---------------------------------------------------------------------------------------------------------------------
 # Manners
 # ---------------------------------------------------------------------------------------------------------------------
-def test_a_decode_step_copies_no_layer_of_keys():
-    """Temporaries of one token's attention over 64K keys stay far below the layer's keys, let alone the tree's."""
-    L, K, S, H, C = 2, 2, 65536, 16, 64
-    resize = lambda x: jax.ShapeDtypeStruct((L, K, S, *x.shape[3:]), x.dtype)
-    small = oracle.make_case(clusters=(4, C), L=L, K=K, S=256, W=4, H=H).tree
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small)
-    tree = dataclasses.replace(
-        tree, keys=resize(tree.keys), values=resize(tree.values), order=resize(tree.order), num_keys=S
-    )
-    q, k = (jax.ShapeDtypeStruct((1, rows, heads, H), jnp.float32) for rows, heads in ((1, 4), (8, 2)))
-    layer, p = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    program = jax.jit(
-        lambda tree, q, k, v, layer, p: attend(tree, q, k, v, layer=layer, sparsity=p, implementation="xla")
-    )
-    memory = program.lower(tree, q, k, k, layer, p).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < K * S * H * 4 / 4
-
-
 def test_attention_repeats_bit_for_bit():
     case = base_case()
     q, k, v = oracle.user_tokens(case)
-    first, second = (oracle.attend_jit(case.tree, q, k, v, layer=0, sparsity=0.5) for _ in range(2))
+    first, second = (check(case, q, k, v, log_T=[-np.inf, -4.2]) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
 
 
