@@ -6,8 +6,8 @@ costs about
 
     LOOK_UP + READ_BY_LIST · f + OVERHEAD / bytes of one layer's keys and values
 
-and pays where that is below 1. The numbers were fitted to `python -m benchmarks.online --only decode auto` (two CPU
-cores, float32; benchmarks/NOTES.md); f is taken as 1 − sparsity, which a decode step seldom exceeds.
+and pays where that is below 1. The numbers come from measurements on two CPU cores in float32 and are cautious there
+(benchmarks/NOTES.md, Online); f is taken as 1 − sparsity, which a decode step seldom exceeds.
 """
 
 import jax.numpy as jnp
