@@ -15,3 +15,10 @@ def selecting_pays(monkeypatch):
     """Trees in tests are so small that the rule would answer every request densely; test_fallback.py tests the rule."""
     for cost in ("LOOK_UP", "READ_BY_LIST", "OVERHEAD"):
         monkeypatch.setattr(fallback, cost, 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Forgets compiled programs after each file: each takes some 50 memory maps, and the kernel allows 65,530."""
+    yield
+    jax.clear_caches()
