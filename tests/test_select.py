@@ -162,6 +162,15 @@ def test_by_hand_denominators_below_a_level_count_survivors_only():
         np.testing.assert_array_equal(key_mask(tree, q, [between, log_T]), [expected])
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_by_hand_the_threshold_is_strict(levels):
+    """One key has all of the softmax, log A = 0 exactly: a threshold of 0 drops it, at either level."""
+    tree, q = one_head([[1.5]], [[0]] * levels), np.ones((1, 1, 1), np.float32)
+    for depth in range(levels):
+        for log_T, kept in [(0.0, False), (-1e-6, True)]:
+            assert key_mask(tree, q, [log_T if i == depth else -np.inf for i in range(levels)]).item() == kept
+
+
 def test_by_hand_a_coarse_centroid_is_the_mean_of_its_keys():
     """Children of 1 key at 10 and 9 keys at 0 have the mean 1, not 5: the parent loses against one at 2."""
     keys = np.concatenate([[10.0], np.zeros(9), np.full(5, 2.0)])[:, None]
