@@ -7,7 +7,7 @@ combines those of a lane's chunks, takes the log-mean over the group and marks w
 Precision: centroids, dot products and statistics are float32 throughout, on the ordinary units, not the tensor cores.
 A query is a vector, so the work is bound by reading centroids: 2·G·H operations for 4·H bytes is a quarter of what an
 H200 can do meanwhile at G = 4. Rounding centroids to bf16 would halve the bytes and move scores by up to 3 %. The
-order of operations is `reference.log_mean_scores`': maximum and log of the sum are subtracted one after the other, so
+order of operations is `reference.log_scores`': maximum and log of the sum are subtracted one after the other, so
 equal scores stay bit-equal, and the second kernel takes exact logarithms, as calibration does.
 """
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.reference import MASKED, Runs, expand, kept_runs, log_mean_scores
+from squeezejax.pallas_kernels.reference import MASKED, LogMean, Runs, expand, kept_runs, log_scores
 
 BLOCK = 1024  # clusters scored at once by a lane: its chunk of centroids stays in cache
 
@@ -75,7 +75,8 @@ def _coarsest(level: LevelArrays, q, valid, layer, log_t):
     dots = jax.lax.fori_loop(0, -(-C // block), step, jnp.zeros((B, K, M, C))).reshape(B * K, M, C)
     of_layer = lambda x: jnp.tile(x[layer], (B, 1))
     counts = of_layer(level.counts)
-    log_A = jax.vmap(log_mean_scores)(dots, counts, counts > 0, valid)
+    mean = lambda dots, counts, valid: LogMean.start(C).add(log_scores(dots, counts, counts > 0), valid).end(counts > 0)
+    log_A = jax.vmap(mean)(dots, counts, valid)
     starts, lengths = (of_layer(x) for x in _next_runs(level))
     kept = log_A > log_t
     ids = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), kept.shape)
@@ -142,7 +143,7 @@ def _keep_listed(level: LevelArrays, valid, head, children: Runs, scored: _Score
         ids = jax.lax.dynamic_slice_in_dim(scored.ids, first, block, axis=1)
         dots = jax.lax.dynamic_slice_in_dim(scored.dots, first, block, axis=2)
         live = ids < C
-        # As in log_mean_scores: (s − max) − log Σ n exp(s − max), then log-mean-exp over valid rows.
+        # As in log_scores: (s − max) − log Σ n exp(s − max), then log-mean-exp over valid rows.
         log_scores = (dots - scored.top[:, :, None]) - jnp.log(jnp.maximum(scored.total, 1.0))[:, :, None]
         log_scores = jnp.where(valid[:, :, None] & live[:, None, :], log_scores, MASKED)
         top = jnp.max(log_scores, axis=1)
