@@ -236,19 +236,29 @@ def make_document(seed: int, num_tokens: int, num_facts: int, *, crowded: bool =
     if num_facts < 0 or room < 20:
         raise ValueError(f"{num_facts} facts do not fit in {num_tokens} tokens: allow {FACT_TOKENS} each and 20 more")
     facts = make_facts(rng, num_facts, crowded)
-    paragraphs = _paragraphs(rng, room)
-    # A fact follows a sentence; gaps are drawn evenly, so that a fact may lie anywhere in the document.
-    ends = [(index, position) for index, sentences in enumerate(paragraphs) for position in range(len(sentences))]
+    paragraphs = make_paragraphs(rng, room)
+    order = plant(rng, paragraphs, [fact.sentence for fact in facts])
+    return Document(join(paragraphs), tuple(facts[number] for number in order))
+
+
+def plant(rng: random.Random, paragraphs: list[list[str]], sentences: list[str]) -> list[int]:
+    """Puts `sentences` into paragraphs, anywhere with equal chance; gives their indices as they then follow."""
+    # A planted sentence follows another one; gaps are drawn evenly.
+    ends = [(index, position) for index, known in enumerate(paragraphs) for position in range(len(known))]
     ends = [end for end in ends if not (len(paragraphs[end[0]]) == 1 and paragraphs[end[0]][0] in HEADINGS)]
-    gaps = sorted((rng.choice(ends), number) for number in range(num_facts))
+    gaps = sorted((rng.choice(ends), number) for number in range(len(sentences)))
     for (index, position), number in reversed(gaps):
-        paragraphs[index].insert(position + 1, facts[number].sentence)
-    text = "\n\n".join(" ".join(sentences) for sentences in paragraphs)
-    return Document(text, tuple(facts[number] for _, number in gaps))
+        paragraphs[index].insert(position + 1, sentences[number])
+    return [number for _, number in gaps]
 
 
-def _paragraphs(rng: random.Random, room: int) -> list[list[str]]:
-    """Paragraphs of sentences, with a heading now and then, of at most `room` tokens together."""
+def join(paragraphs: list[list[str]]) -> str:
+    """The text of paragraphs of sentences."""
+    return "\n\n".join(" ".join(sentences) for sentences in paragraphs)
+
+
+def make_paragraphs(rng: random.Random, room: int, count_tokens=count_tokens) -> list[list[str]]:
+    """Paragraphs of sentences, with a heading now and then, of at most `room` tokens together as counted."""
     paragraphs: list[list[str]] = []
     until_heading = rng.randint(0, 6)
     while True:

@@ -199,8 +199,20 @@ class Run:
         return cls(params, moments, int(phase), int(step), int(total), seconds)
 
 
-def train(run: Run, encoder: Encoder, phases: tuple[Phase, ...], *, every=50, report=print, checkpoint=None) -> Run:
-    """Goes through the phases from where `run` stands; every `every` steps reports and calls `checkpoint`."""
+def train(
+    run: Run,
+    encoder: Encoder,
+    phases: tuple[Phase, ...],
+    *,
+    every=50,
+    report=print,
+    checkpoint=None,
+    make_batch=make_batch,
+) -> Run:
+    """Goes through the phases from where `run` stands; every `every` steps reports and calls `checkpoint`.
+
+    `make_batch(encoder, phase.shape, number)` gives the batches.
+    """
     while run.phase < len(phases):
         phase, recent, started = phases[run.phase], [], time.monotonic()
         while run.step < phase.steps:
