@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.pytreelib import PytreeState
+from flax.typing import HashableMapping
 
+from squeezejax import exporting
 from squeezejax.attention import causal_attention
-from squeezejax.models.config import LlamaConfig
+from squeezejax.models.config import LlamaConfig, RopeConfig
 from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
 
 # attend(carry, layer, q [B T N H], k [B T K H], v [B T K H]) -> (carry, out [B T N H]); q and k are after RoPE.
@@ -137,6 +140,11 @@ class Llama(nnx.Module):
         weights = self.embedding if self.head is None else self.head
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
         return project(x, weights[...], dtype=jnp.float32)
+
+
+# Every kind of node in a Llama's pytree and of value in its static fields; the last of each are Flax's own.
+exporting.register_static(LlamaConfig, RopeConfig, HashableMapping)
+exporting.register_nodes(Llama, Layer, Attention, Mlp, nnx.Param, PytreeState)
 
 
 @jax.jit

@@ -7,6 +7,7 @@ answer = squeezejax.generate(params, tree, question_tokens)
 
 import importlib
 
+from squeezejax import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
 from squeezejax.attention import attend
 from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
