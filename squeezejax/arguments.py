@@ -42,6 +42,17 @@ def check_tokens(tokens, vocab_size: int) -> jax.Array:
     return jnp.asarray(tokens, jnp.int32)
 
 
+def check_context(tokens, vocab_size: int) -> jax.Array:
+    """tokens i32[1 T] of one fixed context, from i32[T] or i32[1 T], after the checks of `check_tokens`."""
+    tokens = np.asarray(tokens)
+    if tokens.size == 0:
+        raise ValueError("the context is empty: give its tokens, i32[T]")
+    tokens = check_tokens(tokens, vocab_size)
+    if tokens.shape[0] != 1:
+        raise ValueError(f"one context at a time, tokens i32[T], not {list(tokens.shape)}")
+    return tokens
+
+
 def check_lengths(lengths, B: int, T: int) -> jax.Array:
     """lengths as i32[B], each in [1, T] where known on the host; None means T for everyone."""
     if lengths is None:

@@ -64,10 +64,11 @@ def causal_attention(q, k, v, *, block: int = 256):
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
 
 
-def attend_cached(q, k, v, start, *, chunk: int = 1024):
+def attend_cached(q, k, v, start, *, before=None, chunk: int = 1024):
     """Causal attention of q [1 T N H], tokens from position `start` on, over k, v [1 T' K H] -> f32[1 T N H].
 
     Keys are read in chunks up to the last one that q may see, so the work grows with `start`, which may be traced.
+    `before` is a partial result, (out [1 T K G H], lse), over keys that come before these.
     """
     _, T, N, H = q.shape
     R, K = k.shape[1:3]
@@ -84,8 +85,14 @@ def attend_cached(q, k, v, start, *, chunk: int = 1024):
         return merge(partial, partial_attention(groups, *part, mask[None]))
 
     nothing = (jnp.zeros(groups.shape, jnp.float32), jnp.full(groups.shape[:-1], MASKED))
-    out, _ = jax.lax.fori_loop(0, (start + T + chunk - 1) // chunk, step, nothing)
+    out, _ = jax.lax.fori_loop(0, (start + T + chunk - 1) // chunk, step, before or nothing)
     return out.reshape(1, T, N, H)
+
+
+def attend_context(tree: Tree, q, layer):
+    """Attention of q [B T N H] to the whole fixed context, window included -> (out f32[B T K G H], lse)."""
+    partials, _ = _attend_fixed(tree, split_heads(q, tree.num_kv_heads), None, layer, None, "xla")
+    return merge(*partials)
 
 
 class Attended(NamedTuple):

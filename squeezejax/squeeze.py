@@ -8,37 +8,22 @@ layer's keys and values are alive, and scores of one chunk.
 import dataclasses
 import functools
 import hashlib
-import sys
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.arguments import check_tokens
-from squeezejax.attention import attend_cached
+from squeezejax.arguments import check_context
+from squeezejax.attention import attend_cached, attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
-from squeezejax.tree import Tree, build_layer, check_context_length
+from squeezejax.progress import Progress, Reporter
+from squeezejax.tree import Tree, build_layer, check_context_length, check_finite
+from squeezejax.unfinished import Unfinished
 
 CHUNK = 512  # context tokens in one forward step
 FALLBACK_QUERIES = 100  # calibration queries when there is no observation window
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a build has come; `done` and `total` are estimated floating-point operations."""
-
-    stage: str
-    done: float
-    total: float
-    elapsed: float  # seconds
-
-    @property
-    def remaining(self) -> float:
-        """Seconds to go, were the rest as fast as what is done; ∞ before anything is."""
-        return self.elapsed * (self.total - self.done) / self.done if self.done else float("inf")
 
 
 def squeeze(
@@ -48,85 +33,128 @@ def squeeze(
     *,
     key=None,
     progress: Callable[[Progress], None] | bool | None = None,
+    checkpoint=None,
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
 
     tokens i32[S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the same
     key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
+    `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
+    there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
+    the hidden states of the context together, and must not belong to another build.
 
-    Raises ValueError for token ids out of range, a context no longer than the observation window, and a model whose
-    keys are not finite.
+    Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
+    are not finite, and a checkpoint of another build or a damaged one.
     """
-    tokens = check_tokens(np.asarray(tokens), params.config.vocab_size)
-    if tokens.shape[0] != 1:
-        raise ValueError(f"squeeze takes one context, tokens i32[S+W], got shape {tokens.shape}")
+    tokens = check_context(tokens, params.config.vocab_size)
     length = tokens.shape[1]
     check_context_length(length, config)
-    report = _Reporter(params.config, length, config, progress)
     L = params.config.num_layers
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
+    digest = hash_tokens(tokens)
+    report = Reporter(L, layer_work(params.config, length, config), progress)
 
-    x = params.embed(_padded(tokens, -length % min(CHUNK, length)))
+    x = embed_chunked(params, tokens)
     tree, queries = None, []
-    for i in range(L):
-        x, keys, values, q = _prefill_layer(params, i, x, length, num_queries, report)
-        if not bool(jnp.all(jnp.isfinite(keys))):
-            raise ValueError(
-                f"the keys of layer {i} hold values that are not finite: check the model's weights and dtype"
-            )
-        layer = build_layer(keys, values, config, seeds[i])
-        tree = _write_layer(_allocate(layer, L) if tree is None else tree, layer, i)
+    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
+    if saved is not None and saved.num_layers:
+        for i in range(saved.num_layers):
+            tree = write_layer(tree, saved.layer(i), i, L)
+        queries, x = saved.state(x.dtype)
+        report.skip(saved.num_layers)
+    for i in range(len(queries), L):
+        x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
+        with report.spend("clustering"):
+            layer = cluster_layer(keys, values, config, seeds[i], i)
+            del keys, values  # as large as the layer, and not needed while the next one is read
+        tree = write_layer(tree, layer, i, L)
         queries.append(q)
-        report.clustered(i, tree)
-    digest = np.frombuffer(hashlib.sha256(np.asarray(tokens).tobytes()).digest(), np.uint8)
-    tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=jnp.asarray(digest))
-    tree = calibrate(tree, jnp.stack(queries))
-    report.finish()
+        report.layer(i, layer_work(params.config, length, config), tree)
+        if saved is not None:
+            with report.spend("checkpoints"):
+                saved.write(i, layer, queries, x)
+        del layer
+    tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
+    tree = finish(tree, queries, report)
+    if saved is not None:
+        saved.remove()
     return tree
 
 
-def _prefill_layer(params, index: int, x, length: int, num_queries: int, report):
-    """One layer over the whole context x [1 T D] -> (x, keys, values [K S+W H], last queries [N W H])."""
+def cluster_layer(keys, values, config: SqueezeConfig, seed, index: int) -> Tree:
+    """`build_layer`, waited for, of keys and values [K S+W H] that are numbers."""
+    check_finite(keys, values, index)
+    return jax.block_until_ready(build_layer(keys, values, config, seed))
+
+
+def finish(tree: Tree, queries: list, report: Reporter) -> Tree:
+    """The tree calibrated by one [N W H] of queries a layer, and the end of the report."""
+    report.tell("calibrating")
+    with report.spend("calibration"):
+        tree = jax.block_until_ready(calibrate(tree, jnp.stack(queries)))
+    report.tell("done")
+    return tree
+
+
+def hash_tokens(tokens, before=None) -> jax.Array:
+    """SHA-256 u8[32] of token ids; of tokens appended to a context with hash `before`: of that hash and the ids."""
+    start = b"" if before is None else np.asarray(before).tobytes()
+    return jnp.asarray(np.frombuffer(hashlib.sha256(start + np.asarray(tokens).tobytes()).digest(), np.uint8))
+
+
+def embed_chunked(params, tokens):
+    """x [1 T' D] of tokens i32[1 T], padded so that chunks divide it; causality keeps the padding from mattering."""
+    length = tokens.shape[1]
+    return params.embed(jnp.pad(tokens, ((0, 0), (0, -length % min(CHUNK, length)))))
+
+
+def prefill_layer(params, index: int, x, length: int, num_queries: int, report: Reporter, before: Tree | None = None):
+    """One layer over the whole context x [1 T' D] -> (x, keys, values [K S+W H], last queries [N W H]).
+
+    The tokens follow the context of the tree `before`, if there is one, and attend to all of it.
+    """
     config = params.config
     layer = params.layer(index)
     chunk = min(CHUNK, length)
     cache = jnp.zeros((2, 1, x.shape[1], config.num_kv_heads, config.head_dim), x.dtype)
     queries = []
-    for start in range(0, x.shape[1], chunk):
-        x, cache, q = _prefill_chunk(params, layer, x, cache, start, chunk)
-        if start + chunk > length - num_queries:
-            queries.append(q)
-        report.prefilled(index, min(start + chunk, length), cache)
-    end = x.shape[1] - length
-    q = jnp.concatenate(queries, axis=0)
-    q = q[len(q) - end - num_queries : len(q) - end].swapaxes(0, 1)
-    keys, values = (cache[i, 0, :length].swapaxes(0, 1) for i in (0, 1))
+    with report.spend("prefill"):
+        for start in range(0, x.shape[1], chunk):
+            x, cache, q = _prefill_chunk(params, layer, x, cache, start, before, index, chunk)
+            if start + chunk > length - num_queries:
+                queries.append(q)
+            report.layer(index, _prefill_work(config, min(start + chunk, length), before), cache)
+        end = x.shape[1] - length
+        q = jnp.concatenate(queries, axis=0)
+        q = q[len(q) - end - num_queries : len(q) - end].swapaxes(0, 1)
+        keys, values = (cache[i, 0, :length].swapaxes(0, 1) for i in (0, 1))
+        jax.block_until_ready((x, keys, values))
     return x, keys, values, q
 
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnames=("x", "cache"))
-def _prefill_chunk(params, layer, x, cache, start, chunk: int):
+def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, chunk: int):
     """Tokens [start, start + chunk) of one layer -> (x with them updated, cache with them written, q [chunk N H])."""
 
     def attend(q, k, v):
         new = jnp.stack([k, v])
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
-        return (written, q[0]), attend_cached(q, written[0], written[1], start)
+        context = None if before is None else attend_context(before, q, index)
+        return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
 
+    first = 0 if before is None else before.context_length
     part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
-    positions = (start + jnp.arange(chunk))[None, :]
+    positions = (first + start + jnp.arange(chunk))[None, :]
     part, (cache, q) = params.apply_layer(layer, part, positions, attend)
     return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=1), cache, q
 
 
-def _padded(tokens, rows: int):
-    """tokens [1 T] with `rows` tokens appended, so that chunks divide it; causality keeps them from mattering."""
-    return jnp.pad(tokens, ((0, 0), (0, rows)))
-
-
-def _allocate(layer: Tree, L: int) -> Tree:
-    return jax.tree.map(lambda leaf: jnp.zeros((L, *leaf.shape), leaf.dtype), layer)
+def write_layer(tree: Tree | None, layer: Tree, index: int, L: int) -> Tree:
+    """The tree of L layers with one of them written in place; None is a tree of zeros."""
+    if tree is None:
+        tree = jax.tree.map(lambda leaf: jnp.zeros((L, *leaf.shape), leaf.dtype), layer)
+    return _write_layer(tree, layer, index)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -134,44 +162,15 @@ def _write_layer(tree: Tree, layer: Tree, index) -> Tree:
     return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), tree, layer)
 
 
-class _Reporter:
-    """Turns finished work into `Progress`, weighing attention by how many keys it reads."""
-
-    def __init__(self, model, length: int, config: SqueezeConfig, progress):
-        self._show = _draw_bar if progress is True else progress or None
-        self._started = time.monotonic()
-        D, H, K, N = model.model_dim, model.head_dim, model.num_kv_heads, model.num_heads
-        self._per_token = 2 * D * (2 * N * H + 2 * K * H + 3 * model.mlp_dim)
-        self._per_pair = 4 * N * H / 2  # causal: half the pairs
-        clusters = config.num_clusters(length - config.observation_window)
-        self._cluster = 2 * config.kmeans_iterations * length * clusters[-1] * K * H
-        self._layers, self._length = model.num_layers, length
-        self._layer = self._prefill(length) + self._cluster
-
-    def _prefill(self, tokens: int) -> float:
-        return tokens * self._per_token + tokens * tokens * self._per_pair
-
-    def _tell(self, stage: str, done: float, wait_for=None):
-        if self._show is None:
-            return
-        jax.block_until_ready(wait_for)  # else the clock would measure the dispatch of work, not the work
-        self._show(Progress(stage, done, self._layers * self._layer, time.monotonic() - self._started))
-
-    def prefilled(self, layer: int, tokens: int, wait_for):
-        self._tell(f"layer {layer + 1}/{self._layers}", layer * self._layer + self._prefill(tokens), wait_for)
-
-    def clustered(self, layer: int, wait_for):
-        self._tell(f"layer {layer + 1}/{self._layers}", (layer + 1) * self._layer, wait_for)
-
-    def finish(self):
-        self._tell("calibrated", self._layers * self._layer)
+def layer_work(model, length: int, config: SqueezeConfig, before: Tree | None = None) -> float:
+    """Estimated operations of one layer: reading `length` tokens, and clustering their keys."""
+    clusters = config.num_clusters(length)[-1]
+    cluster = 2 * config.kmeans_iterations * length * clusters * model.num_kv_heads * model.head_dim
+    return _prefill_work(model, length, before) + cluster
 
 
-def _draw_bar(progress: Progress):
-    if progress.stage != "calibrated" and not sys.stderr.isatty():
-        return  # a file wants the last line only, not every state of a bar
-    fraction = progress.done / progress.total
-    bar = "█" * round(30 * fraction)
-    end = "\n" if progress.stage == "calibrated" else ""
-    rest = f"{progress.remaining:.0f} s left" if not end else f"{progress.elapsed:.1f} s"
-    print(f"\rsqueezing {bar:░<30} {fraction:4.0%}  {progress.stage}, {rest}   ", end=end, file=sys.stderr, flush=True)
+def _prefill_work(model, tokens: int, before: Tree | None) -> float:
+    D, H, K, N = model.model_dim, model.head_dim, model.num_kv_heads, model.num_heads
+    per_token = 2 * D * (2 * N * H + 2 * K * H + 3 * model.mlp_dim)
+    keys = tokens / 2 + (0 if before is None else before.context_length)  # causal: half the pairs
+    return tokens * (per_token + 4 * N * H * keys)

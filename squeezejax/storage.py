@@ -50,24 +50,14 @@ def save(path, tree: Tree, notes: dict[str, str] | None = None):
     leaves = _named_leaves(tree)
     header = _describe(tree, leaves, notes or {})
     size = len(encode(header))
-    temporary = os.path.join(os.path.dirname(path), f".squeezejax-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.seek(size)  # checksums come first in the file and are known last; their digits have a fixed number
-            tensors = {
-                name: dataclasses.replace(tensor, crc32=_write(file, leaves[name]))
-                for name, tensor in header.tensors.items()
-            }
-            file.seek(0)
-            file.write(encode(dataclasses.replace(header, tensors=tensors)))
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could keep the new name and lose the new bytes
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_directory(os.path.dirname(path))
+    with replacing(path) as file:
+        file.seek(size)  # checksums come first in the file and are known last; their digits have a fixed number
+        tensors = {
+            name: dataclasses.replace(tensor, crc32=_write(file, leaves[name]))
+            for name, tensor in header.tensors.items()
+        }
+        file.seek(0)
+        file.write(encode(dataclasses.replace(header, tensors=tensors)))
 
 
 def load(path, params=None) -> Tree:
@@ -171,6 +161,23 @@ def _write(file, leaf) -> int:
         checksum = zlib.crc32(data, checksum)
         file.write(data)
     return checksum
+
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """A file to write in the block; at its end it is on the disk and takes the name, an exception removes it."""
+    temporary = os.path.join(os.path.dirname(path), f".squeezejax-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could keep the new name and lose the new bytes
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_directory(os.path.dirname(path))
 
 
 def _sync_directory(directory: str):

@@ -15,6 +15,7 @@ run of rows: `starts` and `counts` say which. Readers use these two and `order`,
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import numpy as np
 
 from squeezejax.config import SqueezeConfig
 from squeezejax.kmeans import kmeans
+from squeezejax.pallas_kernels.segment_sums import segment_sum
 
 GRANULE = 8  # rows that a kernel fetches together
 
@@ -42,6 +44,7 @@ class Level:
     # The same relation downwards, as runs of clusters of the next finer level; None at the finest.
     child_starts: jax.Array | None = None  # i32[L K C]
     child_counts: jax.Array | None = None  # i32[L K C]
+    value_centroids: jax.Array | None = None  # f32[L K C H], means of the values, for the tail estimate (estimate.py)
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -62,6 +65,25 @@ class Tree:
     thresholds: jax.Array | None = None  # f32[levels P], log T; None = not calibrated
     context_hash: jax.Array | None = None  # u8[32], SHA-256 of the context's token ids; a leaf, so that
     # another document of the same length compiles nothing again
+    parts: int = _static(default=1)  # of equal size, along rows and clusters; a cluster lies in one with its children
+
+    # Axes by attribute path, R = rows; what `squeezejax.shardings` splits a tree by.
+    AXES: ClassVar[dict[str, str]] = {
+        "keys": "LKRH",
+        "values": "LKRH",
+        "order": "LKR",
+        "window_keys": "LKWH",
+        "window_values": "LKWH",
+        "levels.centroids": "LKCH",
+        "levels.counts": "LKC",
+        "levels.starts": "LKC",
+        "levels.parents": "LKC",
+        "levels.child_starts": "LKC",
+        "levels.child_counts": "LKC",
+        "sparsities": "P",
+        "thresholds": "nP",
+        "context_hash": "h",
+    }
 
     @property
     def context_length(self) -> int:
@@ -79,22 +101,29 @@ class Tree:
         return self.keys.shape[1]
 
 
-def build_tree(keys, values, config: SqueezeConfig, *, key=None, labels=None) -> Tree:
+def build_tree(
+    keys, values, config: SqueezeConfig, *, key=None, labels=None, implementation: str | None = None
+) -> Tree:
     """Clusters a context's keys (spec.md, Offline 2-3; paper sections 3.1 and 3.3) into an uncalibrated tree.
 
     keys, values [L K S+W H] after RoPE, floating point; the last W = config.observation_window rows stay unclustered.
     `key` seeds K-means (default `jax.random.key(0)`). `labels` skips the clustering: a tuple coarse → fine, whose last
     entry i32[L K S] maps key → finest cluster and each earlier one i32[L K C_below] maps cluster → parent; C of a
     level is then the length of the next coarser entry, or else its largest label + 1, and clusters may be empty.
+    `implementation` of the clustering, as for `kmeans`.
 
-    Raises ValueError for shapes that do not fit, a context no longer than the window, and labels out of range.
+    Raises ValueError for shapes that do not fit, a context no longer than the window, keys to cluster that are not
+    finite, and labels out of range. There are never fewer keys than clusters: C of a level is at most S.
     """
     keys, values = jnp.asarray(keys), jnp.asarray(values)
     _check_keys(keys, values, config)
     L = keys.shape[0]
     if labels is None:
         seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
-        layers = [build_layer(keys[i], values[i], config, seeds[i]) for i in range(L)]
+        if not isinstance(keys, jax.core.Tracer):
+            for i in range(L):
+                check_finite(keys[i], values[i], i)
+        layers = [build_layer(keys[i], values[i], config, seeds[i], implementation) for i in range(L)]
     else:
         clusters = _check_labels(labels, keys, config)
         layers = [
@@ -104,12 +133,16 @@ def build_tree(keys, values, config: SqueezeConfig, *, key=None, labels=None) ->
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def build_layer(keys, values, config: SqueezeConfig, key) -> Tree:
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def build_layer(keys, values, config: SqueezeConfig, key, implementation: str | None = None) -> Tree:
     """`build_tree` for one layer: keys, values [K S+W H] -> a Tree whose arrays lack the axis L."""
     S = keys.shape[1] - config.observation_window
     clusters = config.num_clusters(S)
-    options = {"max_iterations": config.kmeans_iterations, "tolerance": config.kmeans_tolerance}
+    options = {
+        "max_iterations": config.kmeans_iterations,
+        "tolerance": config.kmeans_tolerance,
+        "implementation": implementation,
+    }
 
     def cluster_head(rows, seed):  # rows [S H] -> labels, coarse → fine
         *upper_seeds, fine_seed = jax.random.split(seed, config.num_levels)
@@ -186,7 +219,7 @@ def _means(rows, row_cluster, counts, starts):
     """Mean of each cluster f32[C H]; rows f32[S H] in cluster order, row_cluster i32[S] ascending."""
     # First row + mean difference: equal keys then give exactly that key, and ties stay ties (spec.md, traps).
     first = rows[jnp.minimum(starts, rows.shape[0] - 1)]
-    excess = jax.ops.segment_sum(rows - first[row_cluster], row_cluster, len(counts), indices_are_sorted=True)
+    excess = segment_sum(rows - first[row_cluster], row_cluster, len(counts))
     centroids = first + excess / jnp.maximum(counts, 1).astype(jnp.float32)[:, None]
     return jnp.where((counts > 0)[:, None], centroids, 0.0)
 
@@ -197,6 +230,15 @@ def _check_keys(keys, values, config):
     if not jnp.issubdtype(keys.dtype, jnp.floating) or keys.dtype != values.dtype:
         raise ValueError(f"keys and values must share a floating-point dtype, got {keys.dtype} and {values.dtype}")
     check_context_length(keys.shape[2], config)
+
+
+def check_finite(keys, values, layer: int):
+    """Raises ValueError unless one layer's keys and values [K S+W H] are numbers."""
+    if not bool(jnp.all(jnp.isfinite(keys)) & jnp.all(jnp.isfinite(values))):
+        raise ValueError(
+            f"the keys or values of layer {layer} are not finite: check the model's weights and dtype (float16 "
+            "overflows at 65,504)"
+        )
 
 
 def check_context_length(num_tokens: int, config: SqueezeConfig):

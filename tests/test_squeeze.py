@@ -130,6 +130,20 @@ def test_progress_rises_to_the_end(params, squeezed):
     assert seen[-1].done == seen[-1].total
     assert seen[-1].remaining == 0
     assert all(0 < p.done <= p.total and p.stage for p in seen)
+    spent = seen[-1].seconds
+    assert set(spent) == {"prefill", "clustering", "calibration"}
+    assert 0 < sum(spent.values()) <= seen[-1].elapsed
+
+
+def test_memory_is_the_tree_the_hidden_states_and_one_layer(ordered_clusters):
+    """What is alive at every report, over what was before: as many layers again as one layer needs, however many."""
+    params = oracle.make_model(num_layers=6)
+    size = lambda arrays: sum(leaf.nbytes for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array))
+    before, seen = size(jax.live_arrays()), []
+    tree = squeeze(params, context(1025), FLAT, progress=lambda _: seen.append(size(jax.live_arrays())))
+    hidden = 3 * 512 * 16 * 4  # x [1 T' D] in float32, whole chunks
+    assert max(seen) - before <= size(tree) + hidden + 3 * size(tree) / 6
+    assert max(seen) - before > size(tree)  # the measure sees the tree
 
 
 def test_progress_true_draws_a_bar(params, squeezed, capsys):
@@ -143,7 +157,7 @@ def test_progress_true_draws_a_bar(params, squeezed, capsys):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([], "token"),
+        ([], "the context is empty"),
         (np.zeros(100, np.int32), "nothing is left to cluster"),
         (np.zeros((2, 200), np.int32), "one context"),
         (np.zeros(200), "integers"),
@@ -158,5 +172,5 @@ def test_what_does_not_fit_is_refused(params, tokens, message):
 
 def test_a_model_gone_bad_is_refused(params, ordered_clusters):
     bad = jax.tree.map(lambda weight: jnp.full_like(weight, jnp.nan), params)
-    with pytest.raises(ValueError, match="layer 0 hold values that are not finite"):
+    with pytest.raises(ValueError, match="keys or values of layer 0 are not finite"):
         squeeze(bad, context(66), FLAT)
