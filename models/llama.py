@@ -6,7 +6,7 @@ layers are stacked along a leading axis L, and nothing but `jax.*` transforms to
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,31 @@ class Llama(nnx.Module):
 
     `Llama(config, key=key)` gives random weights; `squeezejax.models.load` those of a checkpoint.
     """
+
+    # Axes by attribute path, F = the MLP's width; what `squeezejax.shardings` splits weights by.
+    AXES: ClassVar[dict[str, str]] = {
+        "embedding": "VD",
+        "final_norm": "D",
+        "head": "VD",
+        "layers.attention_norm": "LD",
+        "layers.attention.query": "LNHD",
+        "layers.attention.key": "LKHD",
+        "layers.attention.value": "LKHD",
+        "layers.attention.output": "LDNH",
+        "layers.attention.query_bias": "LNH",
+        "layers.attention.key_bias": "LKH",
+        "layers.attention.value_bias": "LKH",
+        "layers.attention.output_bias": "LD",
+        "layers.attention.query_norm": "LH",
+        "layers.attention.key_norm": "LH",
+        "layers.mlp_norm": "LD",
+        "layers.mlp.gate": "LFD",
+        "layers.mlp.up": "LFD",
+        "layers.mlp.down": "LDF",
+        "layers.mlp.gate_bias": "LF",
+        "layers.mlp.up_bias": "LF",
+        "layers.mlp.down_bias": "LD",
+    }
 
     def __init__(self, config: LlamaConfig, *, key, dtype=jnp.float32):
         embed_key, head_key, layers_key = jax.random.split(key, 3)

@@ -1,0 +1,183 @@
+"""One program on many devices: where the arrays of params, trees and states lie on a mesh.
+
+    mesh = jax.make_mesh((2, 2, 2), ("data", "model", "context"))  # any of these axes
+    params = squeezejax.models.load(path, mesh=mesh)
+    tree = squeezejax.squeeze(params, context)
+    squeezejax.generate(params, tree, questions)
+
+`data` splits users; `model` splits attention heads with their trees, the MLP and the vocabulary; `context` splits the
+fixed context: each device holds some clusters of every head. Weights are JAX's to partition (GSPMD); whatever reads
+the tree runs inside `shard_map`, where every gather is local.
+
+The mesh is not an argument anywhere: the type of a tree's arrays names it (`mesh_of`), also under a caller's `jit`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "model", "context")
+# Fewer key/value heads than devices of `model`: that axis is cut in two, and the devices of a group share their heads.
+GROUP = "group"
+# Which mesh axes split the axes of arrays (tree.py has the letters; F is the MLP's width, R rows of the context).
+_SPLIT = {
+    "B": ("data",),
+    "K": ("model",),
+    "N": ("model", GROUP),
+    "F": ("model", GROUP),
+    "V": ("model", GROUP),
+    "R": ("context",),
+    "C": ("context",),
+}
+
+
+def shardings(mesh: Mesh, x):
+    """The NamedSharding of every array of x: params, a tree or a state, or their shapes (`jax.ShapeDtypeStruct`).
+
+    mesh has any of the axes `data`, `model` and `context`; x goes there by `jax.device_put(x, shardings(mesh, x))`.
+    The mesh of the result is the given one with `Auto` axes and, where a model has fewer key/value heads than `model`
+    has devices, with `model` cut in two, ("model", "group"): each head then lies on the devices of one group. An
+    MLP's width or a vocabulary that `model` does not divide is kept whole on every device.
+
+    Raises ValueError for a mesh with other axes, for heads or users that do not divide evenly, and for a tree that is
+    not laid out in parts for `context` (`squeezejax.split_context`).
+    """
+    letters, sizes = _letters(x), {}
+    for leaf, axes in zip(jax.tree.leaves(x), letters, strict=True):
+        sizes.update(zip(axes, leaf.shape, strict=False))
+    mesh = _cut_model(mesh, sizes["K"])
+    _check_sizes(mesh, sizes)
+    if hasattr(x, "parts") and x.parts % size_of(mesh, "context"):
+        raise ValueError(
+            f"the tree is laid out in {x.parts} parts, and the mesh's context axis has {size_of(mesh, 'context')} "
+            "devices: lay it out anew by squeezejax.split_context(tree, parts)"
+        )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, x))
+
+
+def spec(mesh, letters: str, shape=()) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes have these letters; sizes in `shape` that do not divide stay whole."""
+    entries = []
+    for i, letter in enumerate(letters):
+        names = tuple(name for name in _SPLIT.get(letter, ()) if name in mesh.shape)
+        if i < len(shape) and shape[i] % math.prod(mesh.shape[name] for name in names):
+            names = ()
+        entries.append(names if len(names) > 1 else next(iter(names), None))
+    return PartitionSpec(*entries)
+
+
+def specs(mesh, x):
+    """`spec` for every array of params, a tree or a state."""
+    leaves = [spec(mesh, letters, leaf.shape) for leaf, letters in zip(jax.tree.leaves(x), _letters(x), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(x), leaves)
+
+
+def size_of(mesh, axis: str) -> int:
+    """Devices along an axis of a mesh, 1 for one that it lacks."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def mesh_of(tree):
+    """The mesh that a tree, concrete or traced, lies on; None on one device, and inside the caller's own shard_map."""
+    mesh = jax.typeof(tree.keys).sharding.mesh
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    if not set(mesh.axis_names) <= {*AXES, GROUP} or AxisType.Explicit in mesh.axis_types:
+        raise ValueError(f"the tree lies on {mesh}: place it by squeezejax.shardings(mesh, tree)")
+    return mesh
+
+
+def context_axis(mesh) -> str | None:
+    """The name of the axis that splits the context, for collectives; None if none does."""
+    return "context" if size_of(mesh, "context") > 1 else None
+
+
+def map_shards(f, mesh, in_specs, out_specs):
+    """`jax.shard_map` without the check that results are replicated where the specs say so: the tests check it."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def constrain(tree, x, letters: str | None = None):
+    """x, an array with these letters or a state, laid out on the mesh of the tree."""
+    mesh = mesh_of(tree)
+    if mesh is None:
+        return x
+    layout = specs(mesh, x) if letters is None else spec(mesh, letters, x.shape)
+    put = lambda spec, leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+    return jax.tree.map(put, layout, x)
+
+
+def check_users(tree, num_users: int):
+    """Raises ValueError unless the tree's mesh divides the users evenly."""
+    if num_users % size_of(mesh_of(tree), "data"):
+        raise ValueError(
+            f"{num_users} users cannot be divided among the {size_of(mesh_of(tree), 'data')} devices of the mesh's "
+            "data axis: pad the batch"
+        )
+
+
+def _letters(x) -> list[str]:
+    """The letters of the axes of every leaf of x, whose class lists them by attribute path as AXES."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        name = ".".join(part for part in parts if not part.isdigit()).removesuffix(".value")
+        letters = type(x).AXES.get(name, "")
+        if len(letters) != len(leaf.shape):
+            raise ValueError(f"the axes of {type(x).__name__}.{name}, of shape {leaf.shape}, are not known")
+        found.append(letters)
+    return found
+
+
+def _cut_model(mesh: Mesh, num_kv_heads: int) -> Mesh:
+    """The mesh with Auto axes, `model` cut in (model, group) where it has more devices than there are heads."""
+    if not mesh.axis_names or not set(mesh.axis_names) <= {*AXES, GROUP}:
+        raise ValueError(f"a mesh may have the axes {', '.join(AXES)}, this one has {mesh.axis_names}")
+    shape, devices = dict(mesh.shape), size_of(mesh, "model")
+    if devices > num_kv_heads and devices % num_kv_heads == 0 and GROUP not in shape:
+        cut = {"model": num_kv_heads, GROUP: devices // num_kv_heads}
+        shape = {
+            name: size
+            for axis in mesh.axis_names
+            for name, size in (cut.items() if axis == "model" else [(axis, mesh.shape[axis])])
+        }
+    return Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _check_sizes(mesh: Mesh, sizes: dict[str, int]):
+    names = {"K": "key/value heads", "N": "query heads", "B": "users"}
+    for letter, name in names.items():
+        devices = math.prod(size_of(mesh, axis) for axis in _SPLIT[letter])
+        if sizes.get(letter, devices) % devices:
+            raise ValueError(
+                f"{sizes[letter]} {name} cannot be divided among {devices} devices of the mesh's "
+                f"{_SPLIT[letter][0]} axis"
+            )
+
+
+def local_numbers(tree):
+    """The tree with rows and clusters numbered within the part that a device holds, as its readers in shard_map need.
+
+    In a tree at rest numbers count through all parts, so that one device reads it as it is.
+    """
+    n = size_of(mesh_of(tree), "context")
+    if n == 1:
+        return tree
+
+    def relative(numbers, owners: int):  # i32[L K C]: the numbers of rows, or of clusters of another level
+        C = numbers.shape[2]
+        part = jnp.arange(C, dtype=jnp.int32) // (C // n)
+        return numbers - (part * (owners // n))[None, None, :]
+
+    levels = []
+    for above, level, below in zip((None, *tree.levels), tree.levels, (*tree.levels[1:], None), strict=False):
+        changes = {"starts": relative(level.starts, tree.keys.shape[2])}
+        if above is not None:
+            changes["parents"] = relative(level.parents, above.counts.shape[2])
+        if below is not None:
+            changes["child_starts"] = relative(level.child_starts, below.counts.shape[2])
+        levels.append(dataclasses.replace(level, **changes))
+    return dataclasses.replace(tree, levels=tuple(levels))
