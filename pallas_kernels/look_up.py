@@ -11,19 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.reference import MASKED, LogMean, Runs, expand, kept_runs, log_scores
+from squeezejax.pallas_kernels.reference import MASKED, Runs, expand
 
 BLOCK = 1024  # clusters scored at once by a lane: its chunk of centroids stays in cache
-
-
-class LevelArrays(NamedTuple):
-    """One level of a tree, all layers; see `squeezejax.tree.Level`."""
-
-    centroids: jax.Array  # f32[L K C H]
-    counts: jax.Array  # i32[L K C]
-    starts: jax.Array  # i32[L K C], of its rows
-    child_starts: jax.Array | None  # i32[L K C], of its clusters in the next level; None at the finest
-    child_counts: jax.Array | None
 
 
 class _Scored(NamedTuple):
@@ -35,58 +25,31 @@ class _Scored(NamedTuple):
     total: jax.Array  # f32[U M], Σ n exp(dot − top)
 
 
-def look_up(levels: list[LevelArrays], q, valid, layer, log_T):
-    """The kept clusters of the finest level, for q [B K M H], valid bool[B M], at log_T f32[levels].
+def look_up(levels, q, valid, layer, log_T, children: Runs, context: str | None = None):
+    """The kept clusters of the finest level, for q [B K M H], valid bool[B M], below the coarsest level.
 
-    Gives (clusters: Runs of rows, leading axes [B K], and their ids i32[B K C], the unused end being C).
+    `levels` and log_T are those below the coarsest; children, leading axes [B K], are runs of clusters of the first of
+    them: the children of kept ones. A level has the fields of `squeezejax.tree.Level`, leading axes [L K].
+    `context` is the axis of an enclosing shard_map over which the clusters are distributed, children with parents.
+    Gives (Runs of rows, leading axes [B K], and the kept ids i32[B K C], the unused end being C).
     """
     B, K = q.shape[:2]
     lanes = lambda x: x.reshape(B * K, *x.shape[2:])
     row_valid = jnp.repeat(valid, K, axis=0)  # [U M]
     head = jnp.tile(layer * K + jnp.arange(K), B)
-    runs, ids = _coarsest(levels[0], q, row_valid, layer, log_T[0])
-    for depth, level in enumerate(levels[1:], 1):
-        flat = LevelArrays(*(None if x is None else x.reshape(-1, *x.shape[2:]) for x in level))
-        runs, ids = _children(flat, lanes(q), row_valid, head, runs, log_T[depth])
+    runs = jax.tree.map(lanes, children)
+    for level, log_t in zip(levels, log_T, strict=True):
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), level)
+        scored = _score_listed(flat, lanes(q), head, runs)
+        scored = _combine(scored, context) if context else scored
+        runs, ids = _keep_listed(flat, row_valid, head, runs, scored, log_t)
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), (runs, ids))
 
 
-def _next_runs(level: LevelArrays):
+def _next_runs(level):
     """starts, counts of what a kept cluster leads to: its children, or at the finest level its rows."""
     is_finest = level.child_starts is None
     return (level.starts, level.counts) if is_finest else (level.child_starts, level.child_counts)
-
-
-def _coarsest(level: LevelArrays, q, valid, layer, log_t):
-    """Scores every cluster of one layer; q [B K M H], valid bool[U M] -> (Runs, ids i32[U C]) of the kept, lanes U."""
-    B, K, M, H = q.shape
-    C = level.counts.shape[2]
-    block = min(BLOCK, C)
-
-    def step(i, dots):
-        # The last block is moved back to end with the level; its first columns are then computed twice.
-        first = jnp.minimum(i * block, C - block)
-        centroids = jax.lax.dynamic_slice(level.centroids, (layer, 0, first, 0), (1, K, block, H))[0]
-        part = jnp.einsum(
-            "BKMH,KCH->BKMC", q.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST
-        ) / math.sqrt(H)
-        return jax.lax.dynamic_update_slice(dots, part, (0, 0, 0, first))
-
-    dots = jax.lax.fori_loop(0, -(-C // block), step, jnp.zeros((B, K, M, C))).reshape(B * K, M, C)
-    of_layer = lambda x: jnp.tile(x[layer], (B, 1))
-    counts = of_layer(level.counts)
-    mean = lambda dots, counts, valid: LogMean.start(C).add(log_scores(dots, counts, counts > 0), valid).end(counts > 0)
-    log_A = jax.vmap(mean)(dots, counts, valid)
-    starts, lengths = (of_layer(x) for x in _next_runs(level))
-    kept = log_A > log_t
-    ids = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), kept.shape)
-    return jax.vmap(kept_runs)(kept, starts, lengths), jnp.where(kept, ids, C)
-
-
-def _children(level: LevelArrays, q, valid, head, children: Runs, log_t):
-    """Scores the listed clusters of the next level: level [L·K C …], q [U M H] -> (Runs, ids i32[U C]) of the kept."""
-    scored = _score_listed(level, q, head, children)
-    return _keep_listed(level, valid, head, children, scored, log_t)
 
 
 def _blocks(children: Runs, size: int):
@@ -94,7 +57,7 @@ def _blocks(children: Runs, size: int):
     return (jnp.max(children.num_rows) + size - 1) // size
 
 
-def _score_listed(level: LevelArrays, q, head, children: Runs) -> _Scored:
+def _score_listed(level, q, head, children: Runs) -> _Scored:
     U, M, H = q.shape
     C = level.counts.shape[1]
     block = min(BLOCK, C)
@@ -130,7 +93,13 @@ def _score_listed(level: LevelArrays, q, head, children: Runs) -> _Scored:
     return jax.lax.fori_loop(0, _blocks(children, block), step, start)
 
 
-def _keep_listed(level: LevelArrays, valid, head, children: Runs, scored: _Scored, log_t):
+def _combine(scored: _Scored, context: str) -> _Scored:
+    """With the maximum and the sum over all devices along an axis of the enclosing shard_map."""
+    top = jax.lax.pmax(scored.top, context)
+    return scored._replace(top=top, total=jax.lax.psum(scored.total * jnp.exp(scored.top - top), context))
+
+
+def _keep_listed(level, valid, head, children: Runs, scored: _Scored, log_t):
     U, C = valid.shape[0], level.counts.shape[1]
     block = min(BLOCK, C)
     starts_of, lengths_of = _next_runs(level)

@@ -7,12 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax import sharding
 from squeezejax.calibrate import log_thresholds as log_thresholds_at
 from squeezejax.fallback import dense_if_cheaper
 from squeezejax.pallas_kernels import reference
-from squeezejax.pallas_kernels.look_up import LevelArrays, look_up
-from squeezejax.scores import MOST_SCORES, layer_level, score_heads
+from squeezejax.pallas_kernels.look_up import look_up
+from squeezejax.scores import layer_level, map_over, score_heads
 from squeezejax.tree import Tree
+
+# With more query rows than this, matrix products dominate, and masking the dead is cheaper than listing the living.
+MOST_LISTED_ROWS = 64
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -52,7 +56,7 @@ def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selec
     check_queries(tree, q, "T N H")
     log_T = resolve_thresholds(tree, sparsity, log_thresholds)
     groups = split_heads(q[None], tree.num_kv_heads)
-    kept = _select_lanes(tree, groups, jnp.ones((1, q.shape[0]), bool), layer, log_T).clusters[0]
+    kept = _select_clusters(tree, groups, jnp.asarray(layer, jnp.int32), log_T)
     return Selection(kept=kept, layer=jnp.asarray(layer, jnp.int32))
 
 
@@ -63,29 +67,43 @@ class Kept(NamedTuple):
     clusters: jax.Array  # bool[B K C], finest level
 
 
-def select_lanes(tree: Tree, q, valid, layer, log_T) -> Kept:
-    """One selection a user for q [B T K G H], of which valid bool[B T] take part, at log_T f32[levels]."""
+def select_lanes(tree: Tree, q, valid, layer, log_T, context: str | None = None) -> Kept:
+    """One selection a user for q [B T K G H], of which valid bool[B T] take part, at log_T f32[levels].
+
+    Inside a shard_map whose axis `context` splits the context, q finds what it keeps of this device's part.
+    """
     B, T, K, G, H = q.shape
-    C = tree.levels[-1].counts.shape[2]
+    list_runs = jax.vmap(jax.vmap(reference.kept_runs, in_axes=(0, 0, 0)), in_axes=(0, None, None))
+
+    def score(levels):  # -> bool[B K C], kept clusters of the last of them
+        return map_over(lambda user: score_heads(levels, layer, *user, log_T, context)[1], (q, valid))
+
     with jax.named_scope("select"):
-        if B * T * K * G * C <= MOST_SCORES:
-            levels = [
-                LevelArrays(level.centroids, level.counts, level.starts, level.child_starts, level.child_counts)
-                for level in tree.levels
-            ]
-            rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
-            runs, ids = look_up(levels, rows, jnp.repeat(valid, G, axis=1), layer, log_T)
-            user, head = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-            return Kept(runs, jnp.zeros((B, K, C), bool).at[user, head, ids].set(True, mode="drop"))
-        # Many query rows: matrix products dominate, and masking the dead is cheaper than listing the living.
-        levels = [layer_level(level, layer) for level in tree.levels]
-        clusters = jax.lax.map(lambda user: score_heads(levels, *user, log_T)[1], (q, valid))
-        list_runs = jax.vmap(lambda kept: jax.vmap(reference.kept_runs)(kept, levels[-1].starts, levels[-1].counts))
-        return Kept(list_runs(clusters), clusters)
+        *_, finest = tree.levels
+        if len(tree.levels) == 1 or T * G > MOST_LISTED_ROWS:
+            clusters = score(tree.levels)
+            return Kept(list_runs(clusters, finest.starts[layer], finest.counts[layer]), clusters)
+        coarsest = tree.levels[0]
+        children = list_runs(score(tree.levels[:1]), coarsest.child_starts[layer], coarsest.child_counts[layer])
+        rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+        runs, ids = look_up(tree.levels[1:], rows, jnp.repeat(valid, G, axis=1), layer, log_T[1:], children, context)
+        user, head = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+        clusters = jnp.zeros((B, K, finest.counts.shape[2]), bool).at[user, head, ids].set(True, mode="drop")
+        return Kept(runs, clusters)
 
 
 # Without jit every call would compile its loops again: their bodies are new functions each time.
-_select_lanes = jax.jit(select_lanes)
+@jax.jit
+def _select_clusters(tree: Tree, q, layer, log_T):
+    """bool[K C], the finest clusters kept for q [1 T K G H]."""
+    valid, mesh = jnp.ones(q.shape[:2], bool), sharding.mesh_of(tree)
+    select_shard = lambda *args: select_lanes(*args, context=sharding.context_axis(mesh)).clusters[0]
+    if mesh is None:
+        return select_shard(tree, q, valid, layer, log_T)
+    whole = sharding.spec(mesh, "")
+    in_specs = (sharding.specs(mesh, tree), sharding.spec(mesh, "btK"), whole, whole, whole)
+    call = sharding.map_shards(select_shard, mesh, in_specs, sharding.spec(mesh, "KC"))
+    return call(sharding.local_numbers(tree), q, valid, layer, log_T)
 
 
 def resolve_thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None = None) -> jax.Array:
