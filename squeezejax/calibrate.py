@@ -6,13 +6,15 @@ finest keep a margin more, and each level below is calibrated on what they leave
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.scores import layer_level, score_heads
+from squeezejax import sharding
+from squeezejax.scores import score_heads
 from squeezejax.tree import Tree
 
 GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
@@ -63,7 +65,7 @@ def calibrate(tree: Tree, queries) -> Tree:
     grid = GRID if len(counts) > 1 else _with_steps(GRID, _key_scores(tree, queries, np.empty((1, 0)))[:, 0], counts[0])
     table = np.empty((0, len(grid)), np.float32)
     for depth, count in enumerate(counts):
-        dropped = _dropped_fractions(grid, depth, tree.config)
+        dropped = dropped_fractions(grid, depth, tree.config)
         rounding = _rounding(queries, tree.levels[depth])
         row = _above_ties(_level_row(tree, queries, count, table, dropped), rounding)
         # A coarse level that has to keep everything keeps its lowest cluster too, which no quantile does.
@@ -89,7 +91,7 @@ def _level_row(tree: Tree, queries, counts, above, dropped) -> np.ndarray:
     return row
 
 
-def _dropped_fractions(grid, depth: int, config) -> np.ndarray:
+def dropped_fractions(grid, depth: int, config) -> np.ndarray:
     """The fraction of all keys that `depth` (0 = coarsest) drops at each sparsity of the grid.
 
     The coarsest level keeps coarse_margin times what is wanted in the end, the finest just that, and levels between
@@ -109,12 +111,24 @@ def _key_scores(tree: Tree, queries, above) -> np.ndarray:
 
 @jax.jit
 def _layer_scores(tree: Tree, queries, layer, above):
-    """log A f32[P K C] of one layer; queries [N W H], above f32[P levels above]."""
+    """log A f32[P K C] of one layer, whole on every device; queries [N W H], above f32[P levels above]."""
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return _scores_here(tree, queries, layer, above)
+    score_shard = functools.partial(_scores_here, context=sharding.context_axis(mesh))
+    whole = sharding.spec(mesh, "")
+    in_specs = (sharding.specs(mesh, tree), sharding.spec(mesh, "K"), whole, whole)
+    call = sharding.map_shards(score_shard, mesh, in_specs, sharding.spec(mesh, "PKC"))
+    return sharding.constrain(tree, call(sharding.local_numbers(tree), queries, layer, above), "")
+
+
+def _scores_here(tree: Tree, queries, layer, above, context: str | None = None):
+    """`_layer_scores` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
     K = tree.num_kv_heads
     q = queries.reshape(K, -1, *queries.shape[1:]).transpose(2, 0, 1, 3)  # [W K G H]
-    levels = [layer_level(level, layer) for level in tree.levels[: above.shape[1] + 1]]
+    levels = tree.levels[: above.shape[1] + 1]
     valid = jnp.ones(q.shape[0], bool)
-    return jax.lax.map(lambda log_T: score_heads(levels, q, valid, jnp.append(log_T, jnp.inf))[0], above)
+    return jax.lax.map(lambda log_T: score_heads(levels, layer, q, valid, jnp.append(log_T, jnp.inf), context)[0], above)
 
 
 def _sorted_scores(log_A, counts):
