@@ -17,7 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "model", "context")
 # Fewer key/value heads than devices of `model`: that axis is cut in two, and the devices of a group share their heads.
@@ -34,7 +34,7 @@ _SPLIT = {
 }
 
 
-def shardings(mesh: Mesh, x):
+def shardings(mesh: Mesh | AbstractMesh, x):
     """The NamedSharding of every array of x: params, a tree or a state, or their shapes (`jax.ShapeDtypeStruct`).
 
     mesh has any of the axes `data`, `model` and `context`; x goes there by `jax.device_put(x, shardings(mesh, x))`.
@@ -132,7 +132,7 @@ def _letters(x) -> list[str]:
     return found
 
 
-def _cut_model(mesh: Mesh, num_kv_heads: int) -> Mesh:
+def _cut_model(mesh: Mesh | AbstractMesh, num_kv_heads: int) -> Mesh | AbstractMesh:
     """The mesh with Auto axes, `model` cut in (model, group) where it has more devices than there are heads."""
     if not mesh.axis_names or not set(mesh.axis_names) <= {*AXES, GROUP}:
         raise ValueError(f"a mesh may have the axes {', '.join(AXES)}, this one has {mesh.axis_names}")
@@ -144,7 +144,10 @@ def _cut_model(mesh: Mesh, num_kv_heads: int) -> Mesh:
             for axis in mesh.axis_names
             for name, size in (cut.items() if axis == "model" else [(axis, mesh.shape[axis])])
         }
-    return Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    axis_types = (AxisType.Auto,) * len(shape)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=axis_types)
+    return Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape), axis_types=axis_types)
 
 
 def _check_sizes(mesh: Mesh, sizes: dict[str, int]):
