@@ -217,7 +217,10 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
         for name in ("counts", "starts", "parents", *links):
             required[f"levels.{i}.{name}"] = (np.int32, ("L", "K", f"C{i}"))
     table = {"sparsities": (np.float32, "P"), "thresholds": (np.float32, "nP")}
-    expected = required | (table if table.keys() & tensors.keys() else {})
+    means = {f"levels.{i}.value_centroids": (np.float32, ("L", "K", f"C{i}", "H")) for i in range(config.num_levels)}
+    expected = required
+    for optional in (table, means):  # all of it, or nothing
+        expected = expected | (optional if optional.keys() & tensors.keys() else {})
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'not one of a tree'}")
     sizes = {"n": config.num_levels}

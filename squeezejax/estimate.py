@@ -1,0 +1,173 @@
+"""What centroids tell of the keys that are not read: choosing clusters by mass, the tail estimate, the mass missed.
+
+To a query, a cluster of n keys with centroid c weighs about n·exp s(q, c) in the softmax, its *estimated mass*. Where
+a coarser level gives a cluster up, its own centroid stands for everything below it. Three options build on that:
+
+- `min_mass`: instead of those above a threshold, keep the fewest clusters that leave at most 1 − min_mass of the
+  softmax unread, for every selection anew;
+- `tail`: clusters that are not kept still contribute their estimated mass times the mean of their values, as in
+  RetroInfer (arXiv 2505.02922) and Multipole Attention (arXiv 2506.13059);
+- the *missed mass*: the estimated mass of clusters that are not kept, as a fraction of that and all that is attended.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from squeezejax.pallas_kernels import reference
+from squeezejax.pallas_kernels.reference import MASKED
+from squeezejax.scores import map_over
+from squeezejax.select import resolve_thresholds
+from squeezejax.tree import Level, Tree
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Which of the options are on; without any there is no Estimate, and nothing is estimated."""
+
+    min_mass: jax.Array | None = None  # f32[]; None = thresholds choose
+    tail: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def resolve(
+    tree: Tree, *, tail=False, min_mass=None, missed_mass=False, sparsity=None, log_thresholds=None, implementation=None
+):
+    """(log T f32[levels] or None, Estimate or None) from the options of `attend` and `generate`.
+
+    Raises ValueError for options that exclude each other or need what the tree lacks, NotImplementedError for an
+    implementation that cannot estimate.
+    """
+    if not (tail or missed_mass or min_mass is not None):
+        return resolve_thresholds(tree, sparsity, log_thresholds, implementation), None
+    if implementation == "mosaic":
+        raise NotImplementedError("tail, min_mass and missed_mass run as plain XLA: use implementation=None or 'xla'")
+    if tail and any(level.value_centroids is None for level in tree.levels):
+        raise ValueError("tail=True needs a tree with value centroids: tree = squeezejax.add_value_centroids(tree)")
+    if min_mass is None:
+        return resolve_thresholds(tree, sparsity, log_thresholds, implementation), Estimate(tail=tail)
+    if sparsity is not None or log_thresholds is not None:
+        raise ValueError("give min_mass, sparsity or log_thresholds, not two of them")
+    min_mass = jnp.asarray(min_mass, jnp.float32)
+    if min_mass.ndim:
+        raise ValueError(f"min_mass must be one number, got shape {min_mass.shape}")
+    return None, Estimate(min_mass, tail)
+
+
+class Chosen(NamedTuple):
+    """What every user and key/value head keeps of one layer, and what is left to the centroids of each level."""
+
+    runs: reference.Runs  # rows of the kept clusters, leading axes [B K]
+    rest: list  # a level: (out f32[B K M H], lse f32[B K M]) of the clusters given up there; out None without tail
+
+
+def choose(tree: Tree, q, valid, attended, layer, log_T, estimate: Estimate) -> Chosen:
+    """One selection a user for rows q [B K M H], of which valid bool[B M] take part.
+
+    attended f32[B K M]: log of the softmax's mass that each row attends to whatever is chosen here.
+    """
+
+    def one_head(head, q, valid, attended):
+        levels = jax.tree.map(lambda leaf: leaf[layer, head], tree.levels)
+        kept, rest = _descend(levels, q, valid, attended, log_T, estimate, tree.config.coarse_margin)
+        return reference.kept_runs(kept, levels[-1].starts, levels[-1].counts), rest
+
+    def one_user(user):
+        q, valid, attended = user
+        return map_over(lambda lane: one_head(lane[0], lane[1], valid, lane[2]), (jnp.arange(len(q)), q, attended))
+
+    with jax.named_scope("select"):
+        return Chosen(*map_over(one_user, (q, valid, attended)))
+
+
+def _descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Estimate, margin: float):
+    """One head from coarse to fine -> (kept bool[C] of the finest level, what each level leaves to its centroids)."""
+    kept, elsewhere, rest = None, attended, []  # elsewhere f32[M]: log mass outside the clusters still in question
+    for depth, level in enumerate(levels):
+        alive = level.counts > 0
+        if kept is not None:
+            alive &= kept[level.parents]
+        log_mass = reference.centroid_dots(q, level.centroids) + _log(level.counts)[None, :]
+        log_mass = jnp.where(alive[None, :], log_mass, MASKED)
+        if estimate.min_mass is None:
+            kept = reference.score_clusters(q, level.centroids, level.counts, alive, valid) > log_T[depth]
+        else:
+            # Coarser levels may lose `margin` times less than the finest, levels between a geometric series.
+            above = len(levels) - 1
+            lost = (1 - estimate.min_mass) / margin ** ((above - depth) / max(above, 1))
+            kept = alive & _fewest(log_mass, attended, elsewhere, valid, 1 - lost)
+        rest.append(_attend_centroids(log_mass, alive & ~kept, level.value_centroids if estimate.tail else None))
+        elsewhere = jnp.logaddexp(elsewhere, rest[-1][1])
+    return kept, rest
+
+
+def _log(counts):
+    return jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))
+
+
+def _fewest(log_mass, attended, elsewhere, valid, wanted):
+    """The fewest clusters, bool[C], with which rows attend to `wanted` of all mass, on average over valid bool[M].
+
+    log_mass f32[M C] of the clusters in question, attended and elsewhere f32[M] (the one part of the other).
+    """
+    total = jnp.logaddexp(elsewhere, jax.nn.logsumexp(log_mass, axis=1))
+    num_rows = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
+    mean = lambda share: jnp.sum(jnp.where(valid.reshape(-1, *[1] * (share.ndim - 1)), share, 0.0), axis=0) / num_rows
+    mass = mean(jnp.exp(log_mass - total[:, None]))
+    order = jnp.argsort(-mass, stable=True)
+    before = mean(jnp.exp(attended - total)) + jnp.cumsum(mass[order]) - mass[order]
+    found = jnp.zeros(mass.shape, bool).at[order].set(before < wanted)
+    return jnp.where(wanted >= 1, jnp.any(valid), found)  # else sums might round to 1 before the last cluster
+
+
+def _attend_centroids(log_mass, left, values):
+    """Rows attend to the clusters left bool[C] as if all their keys were centroids: (out f32[M H] or None, lse f32[M]).
+
+    log_mass f32[M C]; values f32[C H], the clusters' mean values, or None.
+    """
+    log_mass = jnp.where(left[None, :], log_mass, MASKED)
+    top = jnp.max(log_mass, axis=1)
+    weights = jnp.where(left[None, :], jnp.exp(log_mass - top[:, None]), 0.0)
+    total = jnp.sum(weights, axis=1)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1.0)), MASKED)  # the largest alone adds 1
+    if values is None:
+        return None, lse
+    out = jnp.einsum("MC,CH->MH", weights, values, precision=jax.lax.Precision.HIGHEST)
+    return out / jnp.maximum(total, 1.0)[:, None], lse
+
+
+@jax.jit
+def add_value_centroids(tree: Tree) -> Tree:
+    """The tree with the mean value of every cluster at every level, which `tail=True` needs.
+
+    They take as much memory as the centroids. `save` and `load` keep them.
+    """
+    L, K, R, _ = tree.values.shape
+    flat = lambda x: x.reshape(L * K, *x.shape[2:])
+
+    def one_head(head):  # index in L·K -> [means f32[C H], …], coarse → fine
+        values = flat(tree.values)[head].astype(jnp.float32)
+        fine = jax.tree.map(lambda leaf: flat(leaf)[head], tree.levels[-1])
+        C = fine.counts.shape[0]
+        # Which run a row lies in: the one that began last. Runs may lie in any order, with padding between them.
+        first = jnp.where(fine.counts > 0, fine.starts, R)
+        begins = jnp.full(R, -1).at[first].set(jnp.arange(C), mode="drop")
+        last = jax.lax.cummax(jnp.where(begins >= 0, jnp.arange(R), 0))
+        cluster = begins[last]
+        inside = (cluster >= 0) & (jnp.arange(R) < last + fine.counts[cluster])
+        sums = [jax.ops.segment_sum(jnp.where(inside[:, None], values, 0.0), cluster, C)]
+        for coarse, level in reversed([*itertools.pairwise(tree.levels)]):
+            sums.insert(0, jax.ops.segment_sum(sums[0], flat(level.parents)[head], coarse.counts.shape[2]))
+        sizes = [jnp.maximum(flat(level.counts)[head], 1).astype(jnp.float32) for level in tree.levels]
+        return tuple(total / size[:, None] for total, size in zip(sums, sizes, strict=True))
+
+    means = map_over(one_head, jnp.arange(L * K))
+    levels = tuple(
+        dataclasses.replace(level, value_centroids=mean.reshape(L, K, *mean.shape[1:]))
+        for level, mean in zip(tree.levels, means, strict=True)
+    )
+    return dataclasses.replace(tree, levels=levels)
