@@ -40,6 +40,19 @@ def decode_kernels(implementation: str, q, keys, levels):
     return decode
 
 
+def assignment_kernel(implementation: str, head_dim: int):
+    """The function that finds the nearest K-means centres (kmeans_assign.py); None means plain XLA.
+
+    Raises NotImplementedError where "mosaic" was named and cannot take rows of this head size.
+    """
+    if implementation != "mosaic":
+        return None
+    from squeezejax.pallas_kernels import kmeans_assign  # imports Mosaic, which older JAX lacks
+
+    kmeans_assign.check(head_dim)
+    return kmeans_assign.nearest
+
+
 @contextlib.contextmanager
 def force_mosaic():
     """Lets "mosaic" be chosen without a GPU: for the interpreter and for compiling without a device."""

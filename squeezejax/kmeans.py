@@ -7,13 +7,18 @@ leading axis, and exist for one chunk of rows at a time.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels import dispatch
+from squeezejax.pallas_kernels.segment_sums import segment_sum
+
 _SEED_BATCH = 16  # k-means++ centres drawn at once: more are faster and start worse
+_KERNEL_SEED_BATCH = 128  # a tile of the kernel: every batch reads all rows once, and that decides there
 _MOVE_SHARE = 2  # at most C / 2 centres move in one swap round
 _MOVE_GAIN = 2.0  # a move must promise this many times what it costs: the gains of several moves overlap
 _SCORE_DTYPE = jnp.bfloat16  # a quarter faster than float32 on a CPU, no consistent loss seen (benchmarks/NOTES.md)
@@ -43,6 +48,7 @@ class _Rows(NamedTuple):
     unit: jax.Array  # f32[S H], rows / max(norm, 1e-12)
     chunks: jax.Array  # bf16[chunks rows H], the same, padded to whole chunks
     weights: jax.Array  # f32[S], 0 for rows without a direction
+    kernel: Callable | None  # finds the nearest centres on a GPU; None: plain XLA, a chunk at a time
 
 
 class _Fit(NamedTuple):
@@ -50,8 +56,8 @@ class _Fit(NamedTuple):
 
     labels: jax.Array  # i32[S]
     best: jax.Array  # f32[S], cosine to the nearest centre
-    second: jax.Array  # f32[S], cosine to the next one
-    fallback: jax.Array  # i32[S], which one that is
+    fallback: jax.Array | None  # i32[S], the next one
+    second: jax.Array | None  # f32[S], cosine to that
 
 
 class _Lloyd(NamedTuple):
@@ -64,7 +70,17 @@ class _Lloyd(NamedTuple):
     now: jax.Array  # f32[], at the last one
 
 
-def kmeans(x, num_clusters, *, key, weights=None, max_iterations=7, swap_rounds=5, tolerance=0.0) -> KMeans:
+def kmeans(
+    x,
+    num_clusters,
+    *,
+    key,
+    weights=None,
+    max_iterations=7,
+    swap_rounds=5,
+    tolerance=0.0,
+    implementation: str | None = None,
+) -> KMeans:
     """Cluster rows by direction and average the raw rows (arXiv 2411.09688, offline clustering of the keys).
 
     Args:
@@ -78,6 +94,7 @@ def kmeans(x, num_clusters, *, key, weights=None, max_iterations=7, swap_rounds=
       swap_rounds: how many of these steps, the first ones, are followed by swaps: centres that are cheap to remove
         move to where they gain at least twice that. They lower the inertia below that of Lloyd steps to convergence.
       tolerance: stop when a Lloyd step (after the swap rounds) lowers the inertia by no more than this fraction.
+      implementation: "mosaic" assigns rows by the Hopper kernel, "xla" and None by plain XLA; see dispatch.py.
 
     Every cluster has a row, also where rows repeat. Rows of norm below 1e-12 have no direction: they go to any cluster
     and count in its mean. Non-finite rows are not looked for: they make centroids and inertia NaN, in clusters that
@@ -85,11 +102,13 @@ def kmeans(x, num_clusters, *, key, weights=None, max_iterations=7, swap_rounds=
 
     Raises:
       ValueError: wrong rank or dtype, C outside 1 … S, a negative number of steps.
+      NotImplementedError: a named implementation that cannot run here, or cannot take rows of this head size.
     """
     _check(x, num_clusters, weights, max_iterations, swap_rounds)
     weights = jnp.ones(x.shape[0], jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     rounds = min(swap_rounds, max(max_iterations - 1, 0))  # a swap without a step after it would stay unassigned
-    return _kmeans(x, weights, key, tolerance, num_clusters, rounds, max_iterations - rounds)
+    kernel = dispatch.assignment_kernel(dispatch.resolve(implementation), x.shape[1])
+    return _kmeans(x, weights, key, tolerance, num_clusters, rounds, max_iterations - rounds, kernel)
 
 
 def _check(x, num_clusters, weights, max_iterations, swap_rounds):
@@ -106,12 +125,12 @@ def _check(x, num_clusters, weights, max_iterations, swap_rounds):
         raise ValueError(f"max_iterations and swap_rounds are at least 0, not {max_iterations} and {swap_rounds}.")
 
 
-@partial(jax.jit, static_argnames=("num_clusters", "rounds", "steps"))
-def _kmeans(x, weights, key, tolerance, num_clusters, rounds, steps):
+@partial(jax.jit, static_argnames=("num_clusters", "rounds", "steps", "kernel"))
+def _kmeans(x, weights, key, tolerance, num_clusters, rounds, steps, kernel):
     live = weights > 0
     weights = jnp.where(live, weights, 0.0)
     raw = jnp.where(live[:, None], x.astype(jnp.float32), 0.0)
-    rows = _rows(raw, weights, num_clusters)
+    rows = _rows(raw, weights, num_clusters, kernel)
     seed_key, swap_key = jax.random.split(key)
     with jax.named_scope("seed"):
         centres = _seed(rows, seed_key, num_clusters)
@@ -136,13 +155,14 @@ def _kmeans(x, weights, key, tolerance, num_clusters, rounds, steps):
         )
 
 
-def _rows(raw, weights, num_clusters) -> _Rows:
+def _rows(raw, weights, num_clusters, kernel) -> _Rows:
     S, H = raw.shape
     norm = jnp.linalg.norm(raw, axis=1)
     unit = raw / jnp.maximum(norm, 1e-12)[:, None]
-    size = min(S, max(64, min(512, _CHUNK_SCORES // num_clusters)))
+    # The kernel takes all rows at once, and would pad them to its blocks at every call.
+    size = S + -S % 256 if kernel else min(S, max(64, min(512, _CHUNK_SCORES // num_clusters)))
     chunks = jnp.pad(unit.astype(_SCORE_DTYPE), ((0, -S % size), (0, 0))).reshape(-1, size, H)
-    return _Rows(unit, chunks, jnp.where(norm > 1e-12, weights, 0.0))
+    return _Rows(unit, chunks, jnp.where(norm > 1e-12, weights, 0.0), kernel)
 
 
 def _draw(key, mass, num):
@@ -167,13 +187,16 @@ def _first_above(ends, target):
 def _seed(rows: _Rows, key, num_clusters):
     """k-means++ (Arthur and Vassilvitskii 2007), a batch of centres drawn at each step -> f32[C H]."""
     C, H = num_clusters, rows.unit.shape[1]
-    batch = max(1, min(_SEED_BATCH, C // 8))
+    batch = max(1, min(_KERNEL_SEED_BATCH if rows.kernel else _SEED_BATCH, C // 8))
     steps = -(-C // batch)
 
     def step(i, state):
         centres, mass = state
         drawn = rows.unit[_draw(jax.random.fold_in(key, i), mass, batch)]
-        nearest = jnp.max(jnp.einsum("MH,SH->MS", drawn, rows.unit), axis=0)
+        if rows.kernel:
+            nearest = _assign(rows, drawn).best
+        else:
+            nearest = jnp.max(jnp.einsum("MH,SH->MS", drawn, rows.unit), axis=0)
         mass = jnp.minimum(mass, rows.weights * jnp.maximum(1 - nearest, 0.0))
         return jax.lax.dynamic_update_slice_in_dim(centres, drawn, i * batch, axis=0), mass
 
@@ -181,9 +204,15 @@ def _seed(rows: _Rows, key, num_clusters):
     return jax.lax.fori_loop(0, steps, step, (centres, rows.weights))[0][:C]
 
 
-def _assign(rows: _Rows, centres) -> _Fit:
-    """Nearest two of centres f32[C H] for every row; with one centre, the second is a cosine of −2."""
+def _assign(rows: _Rows, centres, with_second: bool = False) -> _Fit:
+    """Nearest two of centres f32[C H] for every row; with one centre, the second is a cosine of −2.
+
+    The second may be missing unless `with_second`: plain XLA drops what nobody reads, a kernel has to be told.
+    """
     C = centres.shape[0]
+    if rows.kernel:
+        found = rows.kernel(rows.chunks[0], centres.astype(_SCORE_DTYPE), with_second=with_second)
+        return _Fit(*(None if a is None else a[: rows.unit.shape[0]] for a in found))
     bits = max(1, math.ceil(math.log2(C)))  # of a centre's number
     scale = 2.0 ** (30 - bits)
     centres = centres.astype(_SCORE_DTYPE)
@@ -202,12 +231,12 @@ def _assign(rows: _Rows, centres) -> _Fit:
         ((packed >> bits).astype(jnp.float32) / scale, C - 1 - (packed & ((1 << bits) - 1)))
         for packed in (best, second)
     )
-    return _Fit(labels, best, second, fallback)
+    return _Fit(labels, best, fallback, second)
 
 
 def _directions(rows: _Rows, labels, num_clusters):
     """Unit means of each cluster's unit rows, f32[C H]; zero for an empty cluster."""
-    sums = jax.ops.segment_sum(rows.unit * rows.weights[:, None], labels, num_clusters)
+    sums = segment_sum(rows.unit * rows.weights[:, None], labels, num_clusters)
     return sums / jnp.maximum(jnp.linalg.norm(sums, axis=1), 1e-12)[:, None]
 
 
@@ -224,13 +253,13 @@ def _swap_round(rows: _Rows, centres, key):
     """
     C = centres.shape[0]
     moves = max(1, C // _MOVE_SHARE)
-    fit = _assign(rows, centres)
+    fit = _assign(rows, centres, with_second=True)
     centres = _directions(rows, fit.labels, C)
     potential = _potential(rows, fit.best)
     drawn = rows.unit[_draw(key, potential, moves)]
     offer = _assign(rows, drawn)
-    gain = jax.ops.segment_sum(jnp.maximum(potential - _potential(rows, offer.best), 0.0), offer.labels, moves)
-    cost = jax.ops.segment_sum(_potential(rows, fit.second) - potential, fit.labels, C)
+    gain = segment_sum(jnp.maximum(potential - _potential(rows, offer.best), 0.0), offer.labels, moves)
+    cost = segment_sum(_potential(rows, fit.second) - potential, fit.labels, C)
     gain, best = jax.lax.top_k(gain, moves)
     loss, cheapest = jax.lax.top_k(-_alone(fit, cost, moves), moves)
     accepted = (gain > 0) & (gain >= -_MOVE_GAIN * loss)
@@ -296,6 +325,6 @@ def _raw_means(raw, live, weights, labels, num_clusters):
     S, C = labels.shape[0], num_clusters
     first = jax.ops.segment_min(jnp.where(live, jnp.arange(S, dtype=jnp.int32), S - 1), labels, C)
     base = raw[jnp.minimum(first, S - 1)]
-    sums = jax.ops.segment_sum((raw - base[labels]) * weights[:, None], labels, C)
-    total = jax.ops.segment_sum(weights, labels, C)
+    sums = segment_sum((raw - base[labels]) * weights[:, None], labels, C)
+    total = segment_sum(weights, labels, C)
     return base + sums / jnp.where(total > 0, total, 1.0)[:, None]
