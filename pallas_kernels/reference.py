@@ -15,15 +15,16 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
-def score_clusters(q, centroids, counts, alive, valid, *, block: int = 128):
+def score_clusters(q, centroids, counts, alive, valid, *, context: str | None = None, block: int = 128):
     """log A of every cluster: its softmax-normalised score, averaged over query rows (spec.md, Offline 4 and Online 5).
 
     q [M H]; centroids f32[C H]; counts i32[C]; alive bool[C], clusters that take part; valid bool[M], rows that do.
     Gives f32[C]: log A over alive clusters, −∞ for the others. Rows are taken in blocks whose scores stay in cache:
-    memory is block · C floats, however many rows there are.
+    memory is block · C floats, however many rows there are. `context` is the axis of an enclosing shard_map over which
+    the clusters are distributed.
     """
     M, H = q.shape
-    add = lambda mean, q, valid: mean.add(log_scores(centroid_dots(q, centroids), counts, alive), valid)
+    add = lambda mean, q, valid: mean.add(log_scores(centroid_dots(q, centroids), counts, alive, context), valid)
     mean = LogMean.start(counts.shape)
     if block >= M:
         return add(mean, q, valid).end(alive)
@@ -39,16 +40,19 @@ def centroid_dots(q, centroids) -> jax.Array:
     return dots / math.sqrt(q.shape[-1])
 
 
-def log_scores(dots, counts, alive):
+def log_scores(dots, counts, alive, context: str | None = None):
     """log S of every cluster for every query row: f32[M C], s(q, c) -> f32[M C], normalised over alive clusters.
 
     Maximum and sum run over alive clusters only, so that a dead cluster, however high it scores, changes nothing.
     """
     # One order of operations, here and in calibration: (s − max) − log Σ n exp(s − max), then log-mean-exp over rows.
     live = jnp.where(alive[None, :], dots, MASKED)
-    shifted = live - jnp.max(live, axis=1, keepdims=True)
+    top = jnp.max(live, axis=1, keepdims=True)
+    top = jax.lax.pmax(top, context) if context else top
+    shifted = live - top
     weights = jnp.where(alive, counts, 0).astype(jnp.float32)
     total = jnp.sum(weights[None, :] * jnp.exp(shifted), axis=1, keepdims=True)
+    total = jax.lax.psum(total, context) if context else total
     return shifted - jnp.log(jnp.maximum(total, 1.0))  # ≥ 1 wherever a cluster is alive: its maximum adds n ≥ 1
 
 
@@ -157,6 +161,20 @@ def _softmax_end(state: _Softmax):
     return state.out / safe[:, :, None], jnp.where(state.total > 0, state.top + jnp.log(safe), MASKED)
 
 
+def _read(take, cache, step):
+    """take(cache), rows of a cache, inside a loop that counts `step`."""
+    if cache.dtype.itemsize != 2:
+        return take(cache)
+
+    def as_integers(cache):
+        # Before JAX 0.11 XLA's CPU backend widens all of a 16-bit float cache before the loop that reads rows of it, at
+        # many times the cost of the loop. It leaves integers alone, and the barrier keeps it from making them early.
+        cache, _ = jax.lax.optimization_barrier((cache, step))
+        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(cache, jnp.uint16)), cache.dtype)
+
+    return jax.lax.platform_dependent(cache, cpu=as_integers, default=take)
+
+
 def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 512, block: int = 1024):
     """Exact attention of each lane over the rows of its runs -> (out f32[U M H], lse f32[U M]).
 
@@ -184,8 +202,9 @@ def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 512, block: i
         def step(j, part):
             index = jax.lax.dynamic_slice_in_dim(rows, j * chunk, chunk, axis=1)
             mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
-            take = lambda cache: cache.at[head_here, index].get(mode="promise_in_bounds").astype(q.dtype)
-            return _softmax_step(part, q_here, take(keys), take(values), mask)
+            take = lambda cache: cache.at[head_here, index].get(mode="promise_in_bounds")
+            k, v = (_read(take, cache, j).astype(q.dtype) for cache in (keys, values))
+            return _softmax_step(part, q_here, k, v, mask)
 
         steps = (jnp.max(size) + chunk - 1) // chunk
         part = jax.lax.fori_loop(0, steps, step, _softmax_start(U, M, H))
@@ -210,7 +229,8 @@ def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):
         take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
-        return _softmax_step(state, q, take(keys).astype(q.dtype), take(values).astype(q.dtype), mask)
+        k, v = (_read(take, cache, i).astype(q.dtype) for cache in (keys, values))
+        return _softmax_step(state, q, k, v, mask)
 
     out, lse = _softmax_end(jax.lax.fori_loop(0, -(-R // chunk), step, _softmax_start(K, B * M, H)))
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
