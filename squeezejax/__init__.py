@@ -8,6 +8,7 @@ answer = squeezejax.generate(params, tree, question_tokens)
 import importlib
 
 from squeezejax import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
+from squeezejax.append import append
 from squeezejax.attention import attend
 from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
@@ -30,6 +31,7 @@ __all__ = [
     "State",
     "Tree",
     "TreeFileError",
+    "append",
     "attend",
     "build_tree",
     "calibrate",

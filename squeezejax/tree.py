@@ -167,8 +167,7 @@ def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeCon
     """Sorts one layer by cluster: labels as for `build_tree`, clusters = C of each level; nothing has the axis L."""
     S = keys.shape[1] - config.observation_window
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters))(keys[:, :S], labels)
-    # Kernels, which take 16-bit keys, fetch rows by granules: a head then ends with a whole one, the rest of it zeros.
-    padding = -S % GRANULE if keys.dtype.itemsize == 2 else 0
+    padding = padding_rows(S, keys.dtype)
     take = lambda x: jnp.take_along_axis(x[:, :S], order[:, :, None], axis=1)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     return Tree(
@@ -181,6 +180,12 @@ def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeCon
         config=config,
         num_keys=S,
     )
+
+
+def padding_rows(num_keys: int, dtype) -> int:
+    """Rows of zeros at the end of a head."""
+    # Kernels, which take 16-bit keys, fetch rows by granules: a head then ends with a whole one.
+    return -num_keys % GRANULE if dtype.itemsize == 2 else 0
 
 
 def _arrange_head(keys, labels, *, clusters):
