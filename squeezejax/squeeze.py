@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import sharding
 from squeezejax.arguments import check_context
 from squeezejax.attention import attend_cached, attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
+from squeezejax.parts import split_layer
 from squeezejax.progress import Progress, Reporter
 from squeezejax.tree import Tree, build_layer, check_context_length, check_finite
 from squeezejax.unfinished import Unfinished
@@ -34,6 +36,7 @@ def squeeze(
     key=None,
     progress: Callable[[Progress], None] | bool | None = None,
     checkpoint=None,
+    implementation: str | None = None,
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
 
@@ -41,7 +44,8 @@ def squeeze(
     key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
     `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
     there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
-    the hidden states of the context together, and must not belong to another build.
+    the hidden states of the context together, and must not belong to another build. `implementation` of the
+    clustering, as for `kmeans`.
 
     Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
     are not finite, and a checkpoint of another build or a damaged one.
@@ -66,7 +70,7 @@ def squeeze(
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
         with report.spend("clustering"):
-            layer = cluster_layer(keys, values, config, seeds[i], i)
+            layer = cluster_layer(keys, values, config, seeds[i], i, implementation)
             del keys, values  # as large as the layer, and not needed while the next one is read
         tree = write_layer(tree, layer, i, L)
         queries.append(q)
@@ -82,17 +86,18 @@ def squeeze(
     return tree
 
 
-def cluster_layer(keys, values, config: SqueezeConfig, seed, index: int) -> Tree:
+def cluster_layer(keys, values, config: SqueezeConfig, seed, index: int, implementation: str | None = None) -> Tree:
     """`build_layer`, waited for, of keys and values [K S+W H] that are numbers."""
     check_finite(keys, values, index)
-    return jax.block_until_ready(build_layer(keys, values, config, seed))
+    return jax.block_until_ready(build_layer(keys, values, config, seed, implementation))
 
 
 def finish(tree: Tree, queries: list, report: Reporter) -> Tree:
     """The tree calibrated by one [N W H] of queries a layer, and the end of the report."""
     report.tell("calibrating")
     with report.spend("calibration"):
-        tree = jax.block_until_ready(calibrate(tree, jnp.stack(queries)))
+        tree = calibrate(tree, jnp.stack(queries))
+        tree = jax.block_until_ready(sharding.place(tree, tree))
     report.tell("done")
     return tree
 
@@ -106,7 +111,12 @@ def hash_tokens(tokens, before=None) -> jax.Array:
 def embed_chunked(params, tokens):
     """x [1 T' D] of tokens i32[1 T], padded so that chunks divide it; causality keeps the padding from mattering."""
     length = tokens.shape[1]
-    return params.embed(jnp.pad(tokens, ((0, 0), (0, -length % min(CHUNK, length)))))
+    return _embed(params, jnp.pad(tokens, ((0, 0), (0, -length % min(CHUNK, length)))))
+
+
+@jax.jit
+def _embed(params, tokens):
+    return sharding.constrain(params, params.embed(tokens), "BTE")
 
 
 def prefill_layer(params, index: int, x, length: int, num_queries: int, report: Reporter, before: Tree | None = None):
@@ -117,7 +127,7 @@ def prefill_layer(params, index: int, x, length: int, num_queries: int, report: 
     config = params.config
     layer = params.layer(index)
     chunk = min(CHUNK, length)
-    cache = jnp.zeros((2, 1, x.shape[1], config.num_kv_heads, config.head_dim), x.dtype)
+    cache = _empty_cache(params, (2, 1, x.shape[1], config.num_kv_heads, config.head_dim), x.dtype)
     queries = []
     with report.spend("prefill"):
         for start in range(0, x.shape[1], chunk):
@@ -140,26 +150,41 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
     def attend(q, k, v):
         new = jnp.stack([k, v])
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
+        written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
         return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
 
     first = 0 if before is None else before.context_length
-    part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    part = sharding.constrain(params, jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1), "BXD")
     positions = (first + start + jnp.arange(chunk))[None, :]
     part, (cache, q) = params.apply_layer(layer, part, positions, attend)
-    return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=1), cache, q
+    x = jax.lax.dynamic_update_slice_in_dim(x, sharding.constrain(params, part, "BTE"), start, axis=1)
+    return sharding.constrain(params, x, "BTE"), cache, q
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"), keep_unused=True)
+def _empty_cache(params, shape, dtype):
+    return sharding.constrain(params, jnp.zeros(shape, dtype), "2BTKH")
 
 
 def write_layer(tree: Tree | None, layer: Tree, index: int, L: int) -> Tree:
-    """The tree of L layers with one of them written in place; None is a tree of zeros."""
+    """The tree of L layers with one of them written in place; None is a tree of zeros.
+
+    On a mesh that splits the context, the layer comes whole and is laid out in parts here.
+    """
+    parts = sharding.size_of(sharding.mesh_of(layer), "context")
+    if parts > layer.parts:
+        tree, layer = split_layer(tree, layer, parts)
     if tree is None:
-        tree = jax.tree.map(lambda leaf: jnp.zeros((L, *leaf.shape), leaf.dtype), layer)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((L, *leaf.shape), leaf.dtype), layer)
+        tree = sharding.place(layer, shapes)
     return _write_layer(tree, layer, index)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_layer(tree: Tree, layer: Tree, index) -> Tree:
-    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0), tree, layer)
+    write = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+    return sharding.constrain(tree, jax.tree.map(write, tree, layer))
 
 
 def layer_work(model, length: int, config: SqueezeConfig, before: Tree | None = None) -> float:

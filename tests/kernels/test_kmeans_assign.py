@@ -4,7 +4,10 @@ Each check runs in a process of its own (`python test_kmeans_assign.py NAME`): a
 then ends with its timeout.
 """
 
+import importlib.util
+import json
 import os
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -149,6 +152,36 @@ def test_interpreted(checks):
         env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+COMPILE = """
+import json, re
+from benchmarks import compile_offline, deviceless
+import jax, jax.numpy as jnp
+floats_added = lambda program: len(re.findall(r"scatter-add\\S* = f32", program.text))
+of_all_heads = lambda program: re.findall(r"\\(s32\\[(\\d+),[^)]*\\) custom-call\\(.*mosaic_gpu", program.text)
+program = compile_offline.compile_kmeans(heads=2, num_keys=4000, head_dim=64)
+shape = lambda dtype: jax.ShapeDtypeStruct((4000,), dtype)
+scatter = lambda x, labels: jax.ops.segment_sum(x, labels, 200)
+control = deviceless.compile_program(scatter, *deviceless.on_device((shape(jnp.float32), shape(jnp.int32))))
+print(json.dumps([of_all_heads(program), floats_added(program), floats_added(control),
+                  sum(kernel.spilled for kernel in program.kernels), program.temporaries]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="compiling for an H200 needs jax[cuda13]")
+def test_compiled():
+    """K-means of two heads for an H200: one launch for both, no float is added by atomics, no matrix of scores."""
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    heads, floats_added, control, spilled, temporaries = json.loads(run.stdout.splitlines()[-1])
+    assert heads == ["2"] * 4  # seeds, rows and offers of a swap round, rows of a Lloyd step
+    assert (floats_added, spilled) == (0, 0)
+    assert control > 0
+    assert temporaries < 2 * 4000 * 200 * 4  # less than the scores of these heads
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""The offline half and prefill compiled for an H200, without one: part of `python -m benchmarks.compile_kernels`."""
+
+from benchmarks import deviceless  # before JAX: it sets its environment
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+
+import squeezejax  # isort: skip
+from squeezejax.pallas_kernels import dispatch, kmeans_assign  # isort: skip
+
+
+def cases():
+    """(what, how to compile it) of every kernel configuration in use."""
+    for head_dim in kmeans_assign.HEAD_DIMS:
+        for with_second in (False, True):
+            name = f"nearest {'two' if with_second else 'one'} of 6,553 centres, 8 x 131,072 keys of {head_dim}"
+            yield name, lambda H=head_dim, second=with_second: compile_assignment(H, second)
+
+
+def compile_assignment(head_dim: int, with_second: bool) -> deviceless.Program:
+    """One assignment of all heads of a layer."""
+    rows = lambda number: jax.ShapeDtypeStruct((8, number, head_dim), jnp.bfloat16)
+
+    def assign(x, centres):
+        found = kmeans_assign.nearest(x, centres, with_second=with_second)
+        return [a for a in found if a is not None]
+
+    return deviceless.compile_program(assign, *deviceless.on_device((rows(131_072), rows(6553))))
+
+
+def compile_kmeans(heads: int = 8, num_keys: int = 131_072, head_dim: int = 128) -> deviceless.Program:
+    """The whole K-means of one level, all heads of a layer."""
+    keys = jax.ShapeDtypeStruct((heads, num_keys, head_dim), jnp.bfloat16)
+    seeds = jax.ShapeDtypeStruct((heads, 2), jnp.uint32)
+
+    def cluster(keys, seeds):
+        one = lambda x, seed: squeezejax.kmeans(
+            x, num_keys // 20, key=jax.random.wrap_key_data(seed), implementation="mosaic"
+        )
+        return jax.vmap(one)(keys, seeds)
+
+    with dispatch.force_mosaic():
+        return deviceless.compile_program(cluster, *deviceless.on_device((keys, seeds)))
