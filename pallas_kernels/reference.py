@@ -213,7 +213,7 @@ def attend_runs(q, keys, values, runs: Runs, head, *, chunk: int = 512, block: i
     return _softmax_end(jax.lax.fori_loop(0, (ends[-1] + U - 1) // U, attend_blocks, _softmax_start(U, M, H)))
 
 
-def attend_all(q, keys, values, valid, layer, *, chunk: int = 1024):
+def attend_all(q, keys, values, valid, layer, *, chunk: int = 512):
     """Dense attention over every valid row of one layer -> (out f32[B K M H], lse f32[B K M]).
 
     q [B K M H]; keys, values [L K R H]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.

@@ -16,7 +16,7 @@ from squeezejax.tree import Tree
 
 LOOK_UP = 0.10
 READ_BY_LIST = 2.0
-OVERHEAD = 30e6  # bytes that dense attention reads in the time of the fixed overhead
+OVERHEAD = 10e6  # bytes that dense attention reads in the time of the fixed overhead
 
 
 def dense_if_cheaper(tree: Tree, sparsity, log_T):
