@@ -15,6 +15,7 @@ import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
+from benchmarks import compile_offline  # isort: skip
 from squeezejax.generate import _prefill_and_decode  # isort: skip
 from squeezejax.models.config import LlamaConfig  # isort: skip
 from squeezejax.models.llama import Llama  # isort: skip
@@ -69,9 +70,10 @@ def tree_shapes(case: Case) -> Tree:
     config = squeezejax.SqueezeConfig(cluster_fractions=case.fractions, observation_window=case.window)
     L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
     R = -(-S // 8) * 8
-    levels = [
-        Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * 3) for C in config.num_clusters(S)
-    ]
+    clusters = config.num_clusters(S)
+    # counts, starts, parents, and but for the finest level where a cluster's children are
+    numbers = lambda C: [shape((L, K, C), jnp.int32)] * (3 if C == clusters[-1] else 5)
+    levels = [Level(shape((L, K, C, H), jnp.float32), *numbers(C)) for C in clusters]
     return Tree(
         keys=shape((L, K, R, H), case.dtype),
         values=shape((L, K, R, H), case.dtype),
@@ -151,6 +153,14 @@ def main():
         ]
         used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
         row = f"| {case} | {len(launches(program))} | {program.temporaries / 1e6:.1f} | {used} |"
+        print(row, flush=True)
+        lines.append(row)
+    lines += ["", "| offline and prefill | temporaries, MB | kernels: registers / shared memory |", "|---|---|---|"]
+    for name, compiled in compile_offline.cases():
+        program = compiled()
+        spills += [f"{name}: {k.name} spills {k.spilled} bytes" for k in program.kernels if k.spilled]
+        used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
+        row = f"| {name} | {program.temporaries / 1e6:.1f} | {used} |"
         print(row, flush=True)
         lines.append(row)
     lines += ["", f"Spills: {'; '.join(spills) or 'none'}."]

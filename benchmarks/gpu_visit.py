@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
+from benchmarks import gpu_offline
 from benchmarks.synthetic import synthetic_tree
 from squeezejax.pallas_kernels import decode, dispatch, mosaic, reference_decode, sparse_decode
 
@@ -206,7 +207,8 @@ def require(condition, message: str):
 def suites(dry: bool):
     """name -> what to run, in order of value."""
     steps = {f"time {name}": functools.partial(time_step, name) for name in (TINY if dry else STEPS)}
-    return {"check attention": check_attention, "check step": check_step, "time copy": time_copy} | steps
+    checks = {"check attention": check_attention, "check step": check_step, "time copy": time_copy}
+    return checks | steps | gpu_offline.suites()
 
 
 def describe() -> dict:
