@@ -9,7 +9,7 @@ as for clusters of one row each.
 import jax
 import jax.numpy as jnp
 
-PIECE = 64  # rows added at once: larger pieces read more padding, smaller ones need more rounds, and longer to compile
+PIECE = 16  # rows added at once: larger pieces read more padding, smaller ones need more rounds
 
 
 def segment_sum(values, labels, num_segments: int):
