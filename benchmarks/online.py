@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.synthetic import synthetic_tree, thresholds_for
 from benchmarks.timing import interleaved, machine
@@ -111,37 +110,50 @@ def attention_bytes(tree: Tree, kept: float) -> float:
 def decode(args) -> list[dict]:
     """One token over one layer: squeezed against the best dense formulation."""
     rows = []
-    for dtype in (jnp.float32,):
-        for size in (8 * K_, 32 * K_, 128 * K_):
-            step = make_step(synthetic_tree(size, dtype=dtype), 1)
-            bandwidth = copy_bandwidth(args.rounds)
-            for target in (0.1, 0.3):
-                log_T = thresholds_for(step.kept, step.tree, target)
-                calls = {
-                    "squeezed": functools.partial(step.squeezed, log_T),
-                    "chunked": step.dense,
-                    "einsum": functools.partial(_dense_einsum, step.tree, step.q),
-                    "reduce": functools.partial(_dense_reduce, step.tree, step.q),
-                }
-                if dtype == jnp.bfloat16:
-                    calls |= _torch_dense(step)
-                kept = step.kept(log_T)
-                limit = attention_bytes(step.tree, kept) / bandwidth
-                rows.append(_versus({"dtype": jnp.dtype(dtype).name, "keys": size, "kept": kept}, calls, args, limit))
+    for dtype, size in (
+        (jnp.float32, 8 * K_),
+        (jnp.float32, 32 * K_),
+        (jnp.float32, 128 * K_),
+        (jnp.bfloat16, 128 * K_),
+    ):
+        step = make_step(synthetic_tree(size, dtype=dtype), 1)
+        bandwidth = copy_bandwidth(args.rounds)
+        for target in (0.1, 0.3):
+            log_T = thresholds_for(step.kept, step.tree, target)
+            calls = {
+                "squeezed": functools.partial(step.squeezed, log_T),
+                "chunked": step.dense,
+                "reduce": functools.partial(_dense_reduce, step.tree, step.q),
+            }
+            if dtype == jnp.float32:  # XLA's CPU backend refuses this product in bf16
+                calls["einsum"] = functools.partial(_dense_einsum, step.tree, step.q)
+            else:
+                calls |= _torch_dense(size)
+            kept = step.kept(log_T)
+            limit = attention_bytes(step.tree, kept) / bandwidth
+            rows.append(_versus({"dtype": jnp.dtype(dtype).name, "keys": size, "kept": kept}, calls, args, limit))
     return rows
 
 
-def _torch_dense(step: Step) -> dict:
-    """PyTorch's fused attention over the fixed keys: the best dense decode in bf16 on a CPU; empty without PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    view = lambda x: torch.from_numpy(np.array(jnp.asarray(x, jnp.float32))).to(torch.bfloat16)
-    keys, values = view(step.tree.keys[0])[None], view(step.tree.values[0])[None]
-    q = view(step.q).transpose(1, 2)
-    call = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, keys, values, enable_gqa=True)
-    return {"pytorch": call}
+def _torch_dense(size: int) -> dict:
+    """PyTorch's fused attention in bf16 over as many random keys, as a call; empty without PyTorch."""
+    return _elsewhere("pytorch", _torch_attention, size)
+
+
+@functools.cache
+def _torch_operands(size: int):
+    import torch
+
+    q, keys, values = (torch.randn(1, K, S, HEAD_DIM) for K, S in ((HEADS, 1), (KV_HEADS, size), (KV_HEADS, size)))
+    return [x.to(torch.bfloat16) for x in (q, keys, values)]
+
+
+def _torch_attention(size: int):
+    import torch
+
+    # The group's heads as query rows: its fastest form here (grouped heads are repeated in memory by enable_gqa).
+    q, keys, values = _torch_operands(size)
+    torch.nn.functional.scaled_dot_product_attention(q.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM), keys, values)
 
 
 def prefill(args) -> list[dict]:
@@ -273,12 +285,19 @@ def model(args) -> list[dict]:
 
 def _transformers_decode(size: int, new: int) -> dict:
     """transformers' generate from a random cache of `size` tokens, as a call; empty without PyTorch."""
+    return _elsewhere("transformers", _transformers_generate, size, new)
+
+
+def _elsewhere(name: str, function, *args) -> dict:
+    """{name: call} of a function of PyTorch's in a process of its own; empty without PyTorch.
+
+    In one process the threads of PyTorch and of XLA spin against each other.
+    """
     if importlib.util.find_spec("torch") is None:
         return {}
-    # In a process of its own: in one process the threads of PyTorch and of XLA spin against each other.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     pool = multiprocessing.get_context("spawn").Pool(1)
-    return {"transformers": functools.partial(pool.apply, _transformers_generate, (size, new))}
+    return {name: functools.partial(pool.apply, function, args)}
 
 
 @functools.cache
