@@ -15,6 +15,7 @@ from squeezejax.config import SqueezeConfig
 from squeezejax.generate import Generation, State, decode, dense_generate, generate, prefill
 from squeezejax.kmeans import KMeans, kmeans
 from squeezejax.progress import Progress
+from squeezejax.plan import Plan, plan
 from squeezejax.select import Selection, select
 from squeezejax.squeeze import squeeze
 from squeezejax.storage import Header, TreeFileError, load, read_header, save
@@ -25,6 +26,7 @@ __all__ = [
     "Header",
     "KMeans",
     "Level",
+    "Plan",
     "Progress",
     "Selection",
     "SqueezeConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "kmeans",
     "load",
     "log_thresholds",
+    "plan",
     "prefill",
     "read_header",
     "save",

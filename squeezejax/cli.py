@@ -1,6 +1,6 @@
-"""The command line, `squeezejax demo | build | ask | info`: arguments and errors.
+"""The command line, `squeezejax demo | build | ask | info | plan`: arguments and errors.
 
-The work is done in `demo`, `commands` and `info`.
+The work is done in `demo`, `commands`, `info` and `planning`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from squeezejax.config import SqueezeConfig
-from squeezejax.kinds import at_least, count_or_none, fraction, fractions, not_negative
+from squeezejax.kinds import at_least, count_or_none, fraction, fractions, mesh, not_negative, positive
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # exit codes; 0 = done
 _DEFAULTS = SqueezeConfig()
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser("squeezejax", description=_INTRODUCTION, epilog=_FIRST_SESSION, formatter_class=_Help)
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_demo, _add_build, _add_ask, _add_info):
+    for add in (_add_demo, _add_build, _add_ask, _add_info, _add_plan):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -158,28 +158,14 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=_DTYPES,
         help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
     )
     command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
     )
     config = command.add_argument_group("how to squeeze")
-    config.add_argument(
-        "--cluster-fractions",
-        type=fractions,
-        default=_DEFAULTS.cluster_fractions,
-        metavar="F,F",
-        help="clusters per key, coarse to fine; one number for a single level (default: 0.01,0.05)",
-    )
-    config.add_argument(
-        "--window",
-        type=at_least(0),
-        default=_DEFAULTS.observation_window,
-        metavar="TOKENS",
-        help="last tokens of the text: always read, never clustered, and the measure of what matters "
-        f"(default: {_DEFAULTS.observation_window})",
-    )
+    _add_clusters(config)
     config.add_argument(
         "--sparsity",
         type=fraction,
@@ -216,6 +202,25 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
         help="relative gain below which iterations stop early (default: 0)",
     )
     return command
+
+
+def _add_clusters(group):
+    """The options on which a tree's size depends."""
+    group.add_argument(
+        "--cluster-fractions",
+        type=fractions,
+        default=_DEFAULTS.cluster_fractions,
+        metavar="F,F",
+        help="clusters per key, coarse to fine; one number for a single level (default: 0.01,0.05)",
+    )
+    group.add_argument(
+        "--window",
+        type=at_least(0),
+        default=_DEFAULTS.observation_window,
+        metavar="TOKENS",
+        help="last tokens of the text: always read, never clustered, and the measure of what matters "
+        f"(default: {_DEFAULTS.observation_window})",
+    )
 
 
 def _add_ask(commands):
@@ -279,6 +284,51 @@ was measured so that about the fraction `sparsity` of all keys is dropped.
     return command
 
 
+def _add_plan(commands):
+    command = _command(
+        commands,
+        "plan",
+        "what a model and a context will take, before anything is loaded",
+        """\
+Memory on each device, and what a decode step reads and sends, for a model, a length of context
+and a mesh of devices. Of the model only config.json is read. The sizes are those of the arrays
+that the library would make; temporaries of a build are estimated.
+
+  squeezejax plan --model ~/models/Llama-3.1-8B --context-tokens 131072
+  squeezejax plan --model ~/models/Llama-3.3-70B --context-tokens 1000000 --mesh model=8 \\
+                  --device-memory 141 --bandwidth 4800
+
+Exit code 1: it cannot fit in --device-memory.""",
+        _run("squeezejax.planning", "plan_command"),
+    )
+    required = command.add_argument_group("required")
+    required.add_argument("--model", required=True, metavar="DIR", help=_MODEL)
+    required.add_argument("--context-tokens", required=True, type=at_least(1), metavar="N", help="length of the text")
+    command.add_argument(
+        "--mesh",
+        type=mesh,
+        default=(("model", 1),),
+        metavar="AXIS=N,…",
+        help="devices that split users (data), heads and weights (model), the text (context), as in "
+        "data=1,model=4,context=2 (default: one device)",
+    )
+    command.add_argument("--users", type=at_least(1), default=1, metavar="N", help="questions at a time (default: 1)")
+    command.add_argument(
+        "--question-tokens", type=at_least(1), default=128, metavar="N", help="of each user (default: 128)"
+    )
+    command.add_argument("--new-tokens", type=at_least(1), default=128, metavar="N", help="of answer (default: 128)")
+    command.add_argument("--sparsity", type=fraction, metavar="X", default=_DEFAULTS.sparsity, help=_SPARSITY)
+    command.add_argument("--dtype", choices=_DTYPES, help="of weights, keys and values (default: the checkpoint's)")
+    command.add_argument("--device-memory", type=positive, metavar="GB", help="of each device: does it fit?")
+    command.add_argument(
+        "--bandwidth", type=positive, metavar="GB/S", help="of each device's memory: how long a step takes at least"
+    )
+    _add_clusters(command)
+    command.add_argument("--json", action="store_true", help="for programs")
+    return command
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
 _MODEL = (
     "checkpoint directory in Hugging Face layout (config.json, *.safetensors, tokenizer), or `embedded` for the "
     "demo's model"

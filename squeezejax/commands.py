@@ -14,7 +14,7 @@ import numpy as np
 from squeezejax import chat, models, storage
 from squeezejax.config import SqueezeConfig
 from squeezejax.generate import dense_generate
-from squeezejax.info import readable_bytes
+from squeezejax.memory import readable_bytes
 from squeezejax.models.config import parse_config
 from squeezejax.squeeze import squeeze
 from squeezejax.stream import Options, Session, pad

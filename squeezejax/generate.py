@@ -128,7 +128,7 @@ def prefill(
     if extra < 0:
         raise ValueError(f"capacity must be at least 0, got {capacity}")
     if state is None:
-        state = _empty_state(params, tree, B, T + extra)
+        state = empty_state(params, tree, B, T + extra)
     else:
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
@@ -178,7 +178,7 @@ def _generate(params, tree, tokens, lengths, log_T, sampling: Sampling, max_new_
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
 def _prefill_and_decode(params, tree, tokens, lengths, log_T, sampling, num_tokens, implementation) -> Generation:
-    state = _empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
+    state = empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
     state = _prefill(params, tree, state, tokens, lengths, log_T, implementation)
     return _decode(params, tree, state, log_T, sampling, num_tokens, implementation)[0]
 
@@ -273,7 +273,7 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
     return x, (keys, values), kept / tree.num_layers
 
 
-def _empty_state(params, tree: Tree, B: int, room: int) -> State:
+def empty_state(params, tree: Tree, B: int, room: int) -> State:
     config = params.config
     shape = (config.num_layers, B, room, config.num_kv_heads, config.head_dim)
     return State(

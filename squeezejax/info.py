@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from squeezejax import storage
 from squeezejax.calibrate import log_thresholds
+from squeezejax.memory import readable_bytes
 from squeezejax.tree import Tree
 
 SHOWN_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -101,12 +102,3 @@ def _lines(content: dict):
     yield f"context hash {content['context_sha256'] or 'unknown'}"
     for name, text in content["notes"].items():
         yield f"{'notes' if name == next(iter(content['notes'])) else '':12} {name} = {text!r}"
-
-
-def readable_bytes(count: float) -> str:
-    """A size for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"

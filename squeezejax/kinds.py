@@ -3,6 +3,8 @@
 import argparse
 import math
 
+MESH_AXES = ("data", "model", "context")  # those of `squeezejax.shardings`, here without waiting for JAX
+
 
 def number(text: str) -> float:
     """A finite number."""
@@ -37,6 +39,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def at_least(least: int):
     """The kind "whole number, no less than `least`"."""
 
@@ -55,3 +65,14 @@ def at_least(least: int):
 def count_or_none(text: str) -> int | None:
     """A whole number of at least 1, or None for the word `none`."""
     return None if text.lower() == "none" else at_least(1)(text)
+
+
+def mesh(text: str) -> tuple[tuple[str, int], ...]:
+    """Axes of a mesh and their sizes, `data=1,model=8`."""
+    axes = []
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in dict(axes):
+            raise argparse.ArgumentTypeError(f"must be axes {', '.join(MESH_AXES)} with sizes, model=8, got {text!r}")
+        axes.append((name, at_least(1)(size)))
+    return tuple(axes)

@@ -1,0 +1,204 @@
+"""What a model, a context and a mesh will take: bytes on each device, bytes that a decode step reads and sends.
+
+Sizes are those of the real structures: shapes from `jax.eval_shape` of the functions that make them, placed by
+`shardings`, so that plan and programs cannot drift apart. Estimates are the temporaries of a build and, in a decode
+step, the keys kept: as many as the sparsity leaves of the calibration queries, which a decode step seldom exceeds.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
+from squeezejax.config import SqueezeConfig
+from squeezejax.generate import empty_state
+from squeezejax.memory import bytes_by_name, bytes_per_device
+from squeezejax.sharding import size_of
+from squeezejax.tree import Tree, build_layer, check_context_length
+
+# Temporaries of clustering one layer, in float32 copies of its keys: unit rows, rows by cluster, both weighted, …
+CLUSTERING_COPIES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device."""
+
+    weights: int
+    keys_values: int
+    centroids: int
+    index: int  # where clusters and rows lie, thresholds
+    window: int
+    state: int  # users' own keys and values, logits
+    temporaries: int  # of a decode step, estimated: copies of one layer's weights and cache, which XLA makes on a CPU
+    build_floor: int  # certainly alive at once during `squeeze`, weights included
+    build_peak: int  # the same with temporaries, estimated
+
+    @property
+    def tree(self) -> int:
+        """A saved tree's size in memory."""
+        return self.keys_values + self.centroids + self.index + self.window
+
+    @property
+    def answering(self) -> int:
+        """Weights, tree and state: certainly alive at once while questions are answered."""
+        return self.weights + self.tree + self.state
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Bytes that one decode step reads on each device."""
+
+    weights: int
+    centroids: tuple[int, ...]  # by level, coarse → fine, with what says where their clusters lie
+    keys_values: int  # of the fixed context
+    window: int
+    own: int  # users' own keys and values
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + sum(self.centroids) + self.keys_values + self.window + self.own
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` finds out."""
+
+    num_tokens: int  # of the fixed context
+    clusters: tuple[int, ...]  # C of each level, coarse → fine
+    axes: tuple[tuple[str, int], ...]  # of the mesh
+    users: int
+    room: int  # tokens that each user may have
+    sparsity: float
+    memory: Memory
+    dense: Reads
+    squeezed: Reads
+
+
+def plan(
+    params,
+    num_tokens: int,
+    config: SqueezeConfig = SqueezeConfig(),  # noqa: B008 - frozen
+    *,
+    mesh=None,
+    users: int = 1,
+    room: int = 256,
+    sparsity: float | None = None,
+) -> Plan:
+    """Memory and traffic of a model over a fixed context of num_tokens tokens, for `users` with `room` tokens each.
+
+    params may be shapes only, `jax.eval_shape(lambda: Llama(config, key=…, dtype=…))`: nothing is computed or placed.
+    `mesh` is a `Mesh`, or an `AbstractMesh` where there are no such devices, with the axes that `shardings` knows;
+    None is one device. `sparsity` is by default the configuration's.
+
+    Raises ValueError for a context no longer than the window, and for a mesh that does not divide heads or users.
+    """
+    check_context_length(num_tokens, config)
+    if users < 1 or room < 1:
+        raise ValueError(f"users and room must be at least 1, got {users} and {room}")
+    sparsity = config.sparsity if sparsity is None else sparsity
+    tree = tree_shapes(params, num_tokens, config, size_of(mesh, "context"))
+    state = jax.eval_shape(lambda *made: empty_state(*made, users, room), params, tree)
+    return Plan(
+        num_tokens=num_tokens,
+        clusters=tuple(level.counts.shape[2] for level in tree.levels),
+        axes=() if mesh is None else tuple(mesh.shape.items()),
+        users=users,
+        room=room,
+        sparsity=sparsity,
+        memory=_memory(params, tree, state, mesh),
+        dense=_reads(params, tree, state, mesh, sparsity=0.0),
+        squeezed=_reads(params, tree, state, mesh, sparsity=sparsity),
+    )
+
+
+def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) -> Tree:
+    """The shapes of what `squeeze` makes of num_tokens tokens, were the clusters divided evenly among the parts.
+
+    Parts are as large as the fullest one, so a real tree in more than one part is somewhat larger.
+    """
+    model, dtype = params.config, params.embedding.dtype
+    rows = jax.ShapeDtypeStruct((model.num_kv_heads, num_tokens, model.head_dim), dtype)
+    layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0)), rows, rows)
+    stacked = lambda shape, dtype: jax.ShapeDtypeStruct((model.num_layers, *shape), dtype)
+    divided = lambda leaf: stacked((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
+    tree = dataclasses.replace(
+        jax.tree.map(lambda leaf: stacked(leaf.shape, leaf.dtype), layer),
+        **{name: divided(getattr(layer, name)) for name in ("keys", "values", "order")},
+        levels=jax.tree.map(divided, layer.levels),
+        parts=parts,
+    )
+    clusters = math.prod(tree.levels[-1].counts.shape)
+    # A flat table of thresholds holds its steps beside the grid; see `calibrate`.
+    columns = len(GRID) + (2 * min(clusters, MOST_EXACT_CLUSTERS) if config.num_levels == 1 else 0)
+    return dataclasses.replace(
+        tree,
+        sparsities=jax.ShapeDtypeStruct((columns,), jnp.float32),
+        thresholds=jax.ShapeDtypeStruct((config.num_levels, columns), jnp.float32),
+        context_hash=jax.ShapeDtypeStruct((32,), jnp.uint8),
+    )
+
+
+def _memory(params, tree: Tree, state, mesh) -> Memory:
+    sizes = bytes_by_name(tree, mesh)
+    weights, state_bytes = bytes_per_device(params, mesh), bytes_per_device(state, mesh)
+    keys_values = sizes["keys"] + sizes["values"]
+    window = sizes["window_keys"] + sizes["window_values"]
+    centroids = sum(size for name, size in sizes.items() if name.endswith("centroids"))
+    floor = sum(build_needs(params, tree, mesh).values())
+    # Keys of 16 bits are widened first: one more copy.
+    copies = CLUSTERING_COPIES + (tree.keys.dtype.itemsize < 4)
+    clustering = copies * 4 * keys_values // (2 * tree.num_layers * tree.keys.dtype.itemsize)
+    return Memory(
+        weights=weights,
+        keys_values=keys_values,
+        centroids=centroids,
+        index=sum(sizes.values()) - keys_values - window - centroids,
+        window=window,
+        state=state_bytes,
+        temporaries=(weights + state_bytes) // tree.num_layers,
+        build_floor=floor,
+        build_peak=floor + clustering,
+    )
+
+
+def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
+    """Bytes on each device of what is certainly alive at the same time while `squeeze` makes a tree of these shapes."""
+    L, hidden = tree.num_layers, tree.context_length * params.config.model_dim * params.embedding.dtype.itemsize
+    sizes = bytes_by_name(dataclasses.replace(tree, sparsities=None, thresholds=None, context_hash=None), mesh)
+    own = sum(size for name, size in sizes.items() if "keys" in name or "values" in name) // L
+    whole = sum(sizes.values())
+    return {
+        "weights": bytes_per_device(params, mesh),
+        "the tree": whole,
+        "hidden states": hidden,
+        # While the last layer is clustered, its keys and values beside the tree of all layers, if it is not the only
+        # one; while it is written into that tree, what it adds.
+        "a layer": whole // L + (own if L > 1 else 0),
+    }
+
+
+def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
+    """One decode step; sparsity 0 is dense attention, which scores no centroids and reads a key once for all users."""
+    weights, sizes, own = bytes_by_name(params, mesh), bytes_by_name(tree, mesh), bytes_by_name(state, mesh)
+    if not params.config.tie_embeddings:
+        weights.pop("embedding")  # of which a row a user is read
+    users = state.lengths.shape[0] // size_of(mesh, "data")
+    kept, centroids = 1.0, []
+    for i in range(len(tree.levels)):
+        # Below the coarsest level only children of kept clusters are scored, by every user those of its own.
+        level = sum(size for name, size in sizes.items() if name.startswith(f"levels.{i}.") and "parents" not in name)
+        centroids.append(math.ceil(level * (kept * users if i else 1)))
+        kept = 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
+    keys_values = sizes["keys"] + sizes["values"]
+    return Reads(
+        weights=sum(weights.values()),
+        centroids=tuple(centroids) if sparsity > 0 else (),
+        keys_values=math.ceil(keys_values * kept * users) if sparsity > 0 else keys_values,
+        window=sizes["window_keys"] + sizes["window_values"],
+        own=own["keys"] + own["values"],
+    )

@@ -1,0 +1,110 @@
+"""The plan against arithmetic by hand, real arrays and compiled programs; and refusing what cannot fit."""
+
+import gc
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import squeezejax
+from squeezejax.generate import _decode, empty_state
+from squeezejax.models.config import LlamaConfig
+from squeezejax.models.llama import Llama
+from squeezejax.plan import plan, tree_shapes
+from squeezejax.sampling import sampling_of
+
+MODEL = LlamaConfig(
+    vocab_size=64, model_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True
+)
+CONFIG = squeezejax.SqueezeConfig(cluster_fractions=(0.05, 0.2), observation_window=10)
+TOKENS = 210
+
+
+@pytest.fixture(scope="module")
+def params():
+    return Llama(MODEL, key=jax.random.key(0), dtype=jnp.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tree(params):
+    return squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
+
+
+def test_by_hand():
+    """One layer, one head: 1,000 clustered keys of dimension 4 in bfloat16, 100 clusters, two users of 30 tokens."""
+    sizes = {"vocab_size": 10, "model_dim": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
+    abstract = jax.eval_shape(lambda: Llama(LlamaConfig(**sizes, head_dim=4), key=jax.random.key(0), dtype="bfloat16"))
+    config = squeezejax.SqueezeConfig(cluster_fractions=(0.1,), observation_window=20)
+    made = plan(abstract, 1020, config, users=2, room=30, sparsity=0.75)
+    blocks = 4 * 4 * 4 + 3 * 4 * 6 + 2 * 4  # attention, MLP, norms
+    assert made.clusters == (100,)
+    assert made.memory.weights == 2 * (10 * 4 + blocks + 4 + 10 * 4)
+    assert made.memory.keys_values == 2 * 1000 * 4 * 2
+    assert made.memory.window == 2 * 20 * 4 * 2
+    assert made.memory.centroids == 100 * 4 * 4
+    table = 1001 + 90 + 2 * 100  # the grid's points, those of its finer end, two steps a cluster
+    assert made.memory.index == 4 * 1000 + 3 * 4 * 100 + 4 * 2 * table + 32
+    assert made.memory.state == 2 * 2 * 30 * 4 * 2 + 4 * 2 * 10 + 2 * 4 * 2
+    assert made.dense.keys_values == made.memory.keys_values
+    assert made.dense.weights == made.memory.weights - 2 * 10 * 4  # of the embedding, a row a user
+    assert made.squeezed.keys_values == 0.25 * made.memory.keys_values * 2  # each user reads keys of its own
+    assert made.squeezed.centroids == (100 * (4 * 4 + 2 * 4),)  # once for all users: means, counts, starts
+    assert made.squeezed.own == 2 * 2 * 30 * 4 * 2
+
+
+def test_children_of_the_kept_are_scored():
+    """Margin 4 at sparsity 0.9: the coarse level keeps 0.4 of the keys, and as many of the fine centroids are read."""
+    abstract = jax.eval_shape(lambda: Llama(MODEL, key=jax.random.key(0)))
+    made = plan(abstract, TOKENS, CONFIG, users=2, sparsity=0.9)
+    coarse, fine = made.squeezed.centroids
+    assert made.clusters == (10, 40)
+    assert coarse == 3 * 2 * 10 * (16 * 4 + 4 * 4)  # layers, heads; and numbers of children
+    assert fine == pytest.approx(2 * 0.4 * 3 * 2 * 40 * (16 * 4 + 2 * 4), abs=1)
+    assert plan(abstract, TOKENS, CONFIG, users=2, sparsity=0).squeezed == made.dense
+
+
+@pytest.mark.parametrize("fractions", [(0.2,), (0.05, 0.2)])
+def test_tree_and_weights_are_what_is_planned(fractions, params, tree):
+    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=10)
+    tree = tree if config == CONFIG else squeezejax.squeeze(params, np.arange(TOKENS) % 64, config)
+    made = plan(params, TOKENS, config).memory
+    assert made.tree == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert made.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert jax.tree.map(np.shape, tree_shapes(params, TOKENS, config)) == jax.tree.map(np.shape, tree)
+
+
+def test_a_compiled_decode_takes_what_is_planned():
+    """Arguments to the byte, temporaries within 15 %."""
+    sizes = {"vocab_size": 512, "model_dim": 256, "mlp_dim": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
+    abstract = jax.eval_shape(lambda: Llama(LlamaConfig(**sizes, head_dim=32), key=jax.random.key(0)))
+    made = plan(abstract, 8192, CONFIG, users=2, room=2048).memory
+    tree = tree_shapes(abstract, 8192, CONFIG)
+    state = jax.eval_shape(lambda *made: empty_state(*made, 2, 2048), abstract, tree)
+
+    def decode(params, tree, state, sparsity):
+        log_T = squeezejax.log_thresholds(tree, sparsity)
+        return _decode(params, tree, state, log_T, sampling_of(0.0, None, None, None, ()), 8, "xla")
+
+    program = jax.jit(decode, keep_unused=True).lower(abstract, tree, state, jax.ShapeDtypeStruct((), jnp.float32))
+    used = program.compile().memory_analysis()
+    assert used.argument_size_in_bytes == made.answering + 4
+    assert used.temp_size_in_bytes == pytest.approx(made.temporaries, rel=0.15)
+
+
+def test_a_build_needs_its_floor(params, monkeypatch):
+    """While the last layer is clustered, at least the floor is alive, and little more."""
+    module, alive = importlib.import_module("squeezejax.squeeze"), []
+
+    def build_layer(*arguments):
+        layer = squeezejax.tree.build_layer(*arguments)
+        alive.append(sum(x.nbytes for x in jax.live_arrays()))
+        return layer
+
+    monkeypatch.setattr(module, "build_layer", build_layer)
+    gc.collect()
+    others = sum(x.nbytes for x in jax.live_arrays()) - sum(x.nbytes for x in jax.tree.leaves(params))
+    squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
+    floor = plan(params, TOKENS, CONFIG).memory.build_floor
+    assert floor <= max(alive) - others < 1.1 * floor
