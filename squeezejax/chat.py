@@ -106,18 +106,38 @@ def split_prompt(tokenizer, context: str) -> tuple[list[int], Prompt]:
     context at whose end the tokenizer leaves no such place.
     """
     before, suffix = _around(tokenizer, context)
-    end = len(before) - len(JOINT)
     wholes = [whole_prompt_ids(tokenizer, [user(context + JOINT + question)]) for question in _PLACEHOLDERS]
     lead = _lead(tokenizer)
-    template = "chat" if tokenizer.chat_template else "plain"
-    for cut in range(end, max(end - LONGEST_REST, 1) - 1, -1):
-        prompt = Prompt(before[max(cut - ANCHOR_LENGTH, 0) : cut], before[cut:end], suffix, template)
-        if not all(_holds(tokenizer, prompt, probe) for probe in _PROBES):
+    blank = Prompt("", "", suffix, "chat" if tokenizer.chat_template else "plain")
+    return _cut(tokenizer, blank, before.removesuffix(JOINT), 1, lambda head: lead + encode(tokenizer, head), wholes)
+
+
+def extend_prompt(tokenizer, prompt: Prompt, text: str) -> tuple[list[int], Prompt]:
+    """Ids that append an empty line and `text` to a squeezed context, and the `Prompt` of the longer one.
+
+    As if the whole context had been tokenized at once. Raises ValueError as `split_prompt` does.
+    """
+    start = len(prompt.anchor)
+    whole = prompt.anchor + prompt.rest + JOINT + text
+    tails = [whole[start:] + JOINT + question + prompt.suffix for question in _PLACEHOLDERS]
+    wholes = [_after_cut(tokenizer, prompt, tail) for tail in tails]
+    return _cut(tokenizer, prompt, whole, start + 1, lambda head: _after_cut(tokenizer, prompt, head[start:]), wholes)
+
+
+def _cut(tokenizer, prompt: Prompt, text: str, least: int, head_ids, wholes):
+    """Cuts text, which a question follows, as late as possible but not before `least` characters -> (ids, Prompt).
+
+    head_ids(text up to the cut) are the ids to squeeze; with those that follow they must make the ids `wholes` of
+    the placeholder questions.
+    """
+    for cut in range(len(text), max(len(text) - LONGEST_REST, least) - 1, -1):
+        new = dataclasses.replace(prompt, anchor=text[max(cut - ANCHOR_LENGTH, 0) : cut], rest=text[cut:])
+        if not all(_holds(tokenizer, new, probe) for probe in _PROBES):
             continue
-        head = lead + encode(tokenizer, before[:cut])
-        tails = [question_ids(tokenizer, prompt, question) for question in _PLACEHOLDERS]
+        head = head_ids(text[:cut])
+        tails = [question_ids(tokenizer, new, question) for question in _PLACEHOLDERS]
         if all(head + tail == whole for tail, whole in zip(tails, wholes, strict=True)):
-            return head, prompt
+            return head, new
     raise ValueError(
         f"no token ends within the context's last {LONGEST_REST} characters whatever follows, so the prompt cannot be "
         "cut there: end the context with a sentence in plain words"

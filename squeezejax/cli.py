@@ -1,4 +1,4 @@
-"""The command line, `squeezejax demo | build | ask | info | plan`: arguments and errors.
+"""The command line, `squeezejax demo | build | append | ask | info | plan`: arguments and errors.
 
 The work is done in `demo`, `commands`, `info` and `planning`.
 """
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser("squeezejax", description=_INTRODUCTION, epilog=_FIRST_SESSION, formatter_class=_Help)
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_demo, _add_build, _add_ask, _add_info, _add_plan):
+    for add in (_add_demo, _add_build, _add_append, _add_ask, _add_info, _add_plan):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -147,7 +147,10 @@ to read the text, and some more for the clusters; no question has to wait for th
   squeezejax build --model ~/models/Llama-3.2-1B-Instruct --context book.txt --out book.tree
 
 The text becomes the beginning of the user's message in the model's chat template; white space
-at its ends is dropped. Memory: the model, and keys and values of the whole text.""",
+at its ends is dropped. Memory: the model, and keys and values of the whole text.
+
+Finished layers are kept in the folder TREE.unfinished while it runs: after an interruption the
+same command goes on from there.""",
         _run("squeezejax.commands", "build"),
     )
     required = command.add_argument_group("required")
@@ -156,6 +159,9 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
     required.add_argument("--out", required=True, metavar="TREE", help="file to write")
     command.add_argument("--force", action="store_true", help="replace TREE if it exists")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--no-checkpoint", action="store_true", help="keep nothing on the disk while it runs; start anew if interrupted"
+    )
     command.add_argument(
         "--dtype",
         choices=_DTYPES,
@@ -221,6 +227,33 @@ def _add_clusters(group):
         help="last tokens of the text: always read, never clustered, and the measure of what matters "
         f"(default: {_DEFAULTS.observation_window})",
     )
+
+
+def _add_append(commands):
+    command = _command(
+        commands,
+        "append",
+        "add a text to a squeezed one: a further chapter, a finished conversation",
+        """\
+Reads a text that follows a squeezed one, with the model and all that came before, and writes a
+tree of both. Only the new keys are clustered, so it takes as long as the new text is long.
+
+  squeezejax append --tree book.tree --context chapter9.txt --out longer.tree
+
+The new text follows the old one after an empty line.""",
+        _run("squeezejax.commands", "append_context"),
+    )
+    required = command.add_argument_group("required")
+    required.add_argument("--tree", required=True, metavar="OLD", help="what `build` or `append` wrote")
+    required.add_argument("--context", required=True, metavar="FILE", help="the text to add, UTF-8")
+    required.add_argument("--out", required=True, metavar="TREE", help="file to write; with --force also OLD")
+    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names)")
+    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
+    )
+    return command
 
 
 def _add_ask(commands):

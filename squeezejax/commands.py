@@ -1,4 +1,7 @@
-"""What `build` and `ask` do with their parsed arguments. All that can fail cheaply fails before a model is loaded."""
+"""What `build`, `append` and `ask` do with their parsed arguments.
+
+All that can fail cheaply fails before a model is loaded.
+"""
 
 import dataclasses
 import json
@@ -12,10 +15,12 @@ import jax
 import numpy as np
 
 from squeezejax import chat, models, storage
+from squeezejax.append import append
 from squeezejax.config import SqueezeConfig
 from squeezejax.generate import dense_generate
 from squeezejax.memory import readable_bytes
 from squeezejax.models.config import parse_config
+from squeezejax.progress import draw_bar
 from squeezejax.squeeze import squeeze
 from squeezejax.stream import Options, Session, pad
 from squeezejax.tree import Tree
@@ -50,15 +55,68 @@ def build(arguments):
         )
     _check_vocabulary(ids, model_config)
     _warn_of_length(len(ids), model_config)
-    started = time.perf_counter()
+    watch = Watch(arguments.quiet)
     params = models.load(folder, dtype=arguments.dtype)
-    tree = squeeze(params, ids, config, key=jax.random.key(arguments.seed), progress=not arguments.quiet)
+    # On the disk of the tree, and larger: when it makes room for the tree, the tree fits.
+    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
+    tree = squeeze(params, ids, config, key=jax.random.key(arguments.seed), progress=watch, checkpoint=checkpoint)
     model = EMBEDDED if arguments.model == EMBEDDED else os.path.abspath(folder)
     notes = {"model": model, "context": os.path.abspath(arguments.context), **prompt.to_notes()}
-    storage.save(arguments.out, tree, notes)
-    size = readable_bytes(os.path.getsize(arguments.out))
-    print(f"{arguments.out}: {len(ids):,} tokens squeezed in {time.perf_counter() - started:.1f} s, {size}")
-    print(f'ask with: squeezejax ask --tree {shlex.quote(arguments.out)} "…"')
+    write_tree(arguments.out, tree, notes, len(ids), watch)
+
+
+class Watch:
+    """Receives a build's progress: draws a bar, unless quiet, and knows where the time went."""
+
+    def __init__(self, quiet: bool):
+        """The time runs from here."""
+        self._quiet, self._started = quiet, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, progress):
+        """One report."""
+        self.seconds = dict(progress.seconds)
+        if not self._quiet:
+            draw_bar(progress)
+
+    def summary(self, writing: float) -> tuple[float, str]:
+        """Seconds in all, and by kind of work; `writing` the tree came last."""
+        total = time.perf_counter() - self._started
+        spent = self.seconds | {"writing": writing}
+        spent["loading and the rest"] = total - sum(spent.values())
+        return total, ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items())
+
+
+def write_tree(path, tree: Tree, notes: dict[str, str], num_tokens: int, watch: Watch):
+    """Saves a tree, and says how large it is and where the time went."""
+    started = time.perf_counter()
+    storage.save(path, tree, notes)
+    total, spent = watch.summary(time.perf_counter() - started)
+    size = readable_bytes(os.path.getsize(path))
+    print(f"{path}: {num_tokens:,} tokens squeezed in {total:.1f} s, {size}")
+    print(f"({spent})")
+    print(f'ask with: squeezejax ask --tree {shlex.quote(str(path))} "…"')
+
+
+def append_context(arguments):
+    """`squeezejax append`."""
+    more = read_context(arguments.context)
+    check_out(arguments.out, arguments.force, arguments.context)
+    header = storage.read_header(arguments.tree)
+    prompt = chat.Prompt.from_notes(header.notes)
+    folder = _asked_model(arguments.model, header.notes)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    ids, prompt = chat.extend_prompt(tokenizer, prompt, more)
+    _check_vocabulary(ids, model_config)
+    watch = Watch(arguments.quiet)
+    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    tree = storage.load(arguments.tree, params)
+    _warn_of_length(tree.context_length + len(ids), model_config)
+    tree = append(params, tree, ids, key=jax.random.key(arguments.seed), progress=watch)
+    sources = [header.notes.get("context", "?"), os.path.abspath(arguments.context)]
+    notes = {**header.notes, "context": ", ".join(sources), **prompt.to_notes()}
+    write_tree(arguments.out, tree, notes, len(ids), watch)
 
 
 def read_context(path) -> str:

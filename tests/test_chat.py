@@ -38,6 +38,19 @@ def test_both_parts_are_the_whole_prompt(tokenizer, context):
     assert len(chat.question_ids(tokenizer, prompt, "Why?")) < 80  # the context is in the head
 
 
+@pytest.mark.parametrize("more", CONTEXTS.values(), ids=CONTEXTS)
+def test_an_extended_context_is_the_whole_prompt(tokenizer, more):
+    """Twice appended to, as if all three texts had been one."""
+    head, prompt = chat.split_prompt(tokenizer, CONTEXT)
+    for _ in range(2):
+        added, prompt = chat.extend_prompt(tokenizer, prompt, more)
+        assert added
+        head = head + added
+    for question in QUESTIONS:
+        whole = chat.whole_prompt_ids(tokenizer, [user("\n\n".join([CONTEXT, more, more, question]))])
+        assert head + chat.question_ids(tokenizer, prompt, question) == whole
+
+
 def test_later_turns_are_the_whole_conversation(tokenizer):
     head, prompt = chat.split_prompt(tokenizer, CONTEXT)
     turns = [("Who?", " Anna."), ("What is the passcode?", "It is violet.\n"), ("Why 7?", "<think>Hm</think>No.")]

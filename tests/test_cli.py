@@ -61,7 +61,9 @@ def test_build_says_what_it_wrote(folder, capsys):
     out, err = capsys.readouterr()
     assert "tokens squeezed in" in out
     assert f"squeezejax ask --tree {folder}/again.tree" in out
+    assert all(f"{kind} " in out for kind in ("(prefill", "clustering", "calibration", "checkpoints", "writing"))
     assert err == ""
+    assert not (folder / "again.tree.unfinished").exists()
     assert (folder / "again.tree").read_bytes() == (folder / "text.tree").read_bytes()
 
 
@@ -96,6 +98,25 @@ def test_chat_sees_earlier_turns(folder, capsys, monkeypatch):
         messages.append(assistant(reply.strip()))
     assert out == shown
     assert err.count("keys of the context kept: 100.0% in replying") == 3
+
+
+def test_append(folder, capsys):
+    """At sparsity 0 a question over the longer tree is a question over both texts, joined by an empty line."""
+    more = "In summer the miller's dog slept under the cart. The passcode of Silver Heron is indigo."
+    (folder / "more.txt").write_text(more + "\n")
+    files = f"--tree {folder}/text.tree --context {folder}/more.txt --out {folder}/longer.tree"
+    assert cli.main(["append", *files.split(), "--quiet"]) == 0
+    assert "tokens squeezed in" in capsys.readouterr().out
+    assert (
+        cli.main(["ask", "--tree", f"{folder}/longer.tree", "--sparsity", "0", "--max-new-tokens", "10", QUESTION]) == 0
+    )
+    tokenizer = chat.load_tokenizer(folder / "model")
+    expected = _reference(tokenizer, [user(f"{CONTEXT}\n\n{more}\n\n{QUESTION}")], 10)
+    assert capsys.readouterr().out == expected.lstrip() + "\n"
+    notes = storage.read_header(folder / "longer.tree").notes
+    assert notes["context"] == f"{folder}/text.txt, {folder}/more.txt"
+    assert cli.main(["append", *files.split()]) == cli.BAD_INPUT
+    assert "longer.tree exists; give --force" in capsys.readouterr().err
 
 
 def test_session_reads_only_what_is_new(folder, monkeypatch):
@@ -251,7 +272,7 @@ def test_failures(error, code, line, capsys, monkeypatch):
         assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["build"], ["ask"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["build"], ["append"], ["ask"], ["info"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])
