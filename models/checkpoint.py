@@ -7,6 +7,7 @@ so peak host memory stays near one copy of the weights.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from squeezejax import sharding
 from squeezejax.models.config import LlamaConfig, parse_config, parse_stop_tokens
 from squeezejax.models.llama import Llama
 
@@ -70,14 +72,16 @@ class _Parameter:
     shape: tuple[int, ...]  # of the leaf
     names: tuple[str, ...]
     stored_shape: tuple[int, ...]  # of each tensor
+    is_stacked: bool  # with an axis of layers, a tensor each
 
 
-def load(path, dtype=None) -> Llama:
+def load(path, dtype=None, *, mesh=None) -> Llama:
     """The parameters in a Hugging Face checkpoint directory (Llama, Mistral, Qwen2, Qwen3; safetensors).
 
     `dtype` is that of the parameters: float32, bfloat16 or float16; None means float32 on CPU and elsewhere the
     checkpoint's own. `params.config.stop_tokens` holds the checkpoint's end-of-sequence ids and
-    `params.config.fingerprint` identifies its weights, whatever the `dtype`.
+    `params.config.fingerprint` identifies its weights, whatever the `dtype`. On a mesh (`squeezejax.shardings`) every
+    device reads its own share of the weights; no device, and with several processes no host, holds them all.
 
     Raises FileNotFoundError for a directory or file that is not there, and ValueError for a checkpoint that is
     damaged, does not fit its config.json, or needs what is not supported (see `parse_config`); the sentence names
@@ -100,7 +104,7 @@ def load(path, dtype=None) -> Llama:
     # As in transformers 5, a tied checkpoint that stores both is tied only where both are the same.
     if tied and _HEAD in stored and _same(stored[_EMBEDDING], stored[_HEAD]):
         config = dataclasses.replace(config, tie_embeddings=True)
-    return _read(config, stored, target)
+    return _read(config, stored, target) if mesh is None else _read_shares(config, stored, target, mesh)
 
 
 def _parse(folder: Path, raw: dict) -> LlamaConfig:
@@ -185,14 +189,14 @@ def _structure(config: LlamaConfig, dtype):
 
 
 def _parameter(path: str, shape: tuple[int, ...]) -> _Parameter:
-    name, one = _TENSORS[path], shape
+    name, one, is_stacked = _TENSORS[path], shape, path.startswith("layers.")
     names = (name,)
-    if path.startswith("layers."):
+    if is_stacked:
         names, one = tuple(f"model.layers.{layer}.{name}" for layer in range(shape[0])), shape[1:]
     if name.endswith((".bias", "norm.weight")):
-        return _Parameter(shape, names, (math.prod(one),))
+        return _Parameter(shape, names, (math.prod(one),), is_stacked)
     inputs = one[1:] if path.endswith("attention.output") else one[-1:]  # output [D N H] has two input axes
-    return _Parameter(shape, names, (math.prod(one) // math.prod(inputs), math.prod(inputs)))
+    return _Parameter(shape, names, (math.prod(one) // math.prod(inputs), math.prod(inputs)), is_stacked)
 
 
 def _check_tensors(folder: Path, config: LlamaConfig, stored: dict[str, _Stored]):
@@ -246,14 +250,57 @@ def _read(config: LlamaConfig, stored: dict[str, _Stored], dtype) -> Llama:
         buffer = _aligned_empty(parameter.shape, dtype)
         tensors = buffer.reshape(len(parameter.names), *parameter.stored_shape)
         for name, rows in zip(parameter.names, tensors, strict=True):
-            digest.update(f"{name} {stored[name].dtype} {parameter.stored_shape}".encode())
-            for start, slab in _slabs(stored[name]):
+            for start, slab in _hashed_slabs(digest, name, stored[name]):
                 rows[start : start + len(slab)] = slab
-                _sample(digest, slab)
         leaves.append(jax.device_put(buffer))
     # The config is part of the tree's structure, so this is the structure of the finished config.
     _, treedef = _structure(dataclasses.replace(config, fingerprint=digest.hexdigest()), dtype)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _read_shares(config: LlamaConfig, stored: dict[str, _Stored], dtype, mesh) -> Llama:
+    """`_read` onto a mesh: once through every tensor for the fingerprint, then each device's share by itself."""
+    digest = hashlib.blake2b(_architecture(config).encode(), digest_size=16)
+    parameters, treedef = _structure(config, dtype)
+    shapes = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters])
+    shardings = jax.tree.leaves(sharding.shardings(mesh, shapes))
+    for parameter in parameters:
+        for name in parameter.names:
+            for _ in _hashed_slabs(digest, name, stored[name]):
+                pass
+    leaves = [
+        jax.make_array_from_callback(p.shape, wanted, functools.partial(_read_share, p, stored, dtype))
+        for p, wanted in zip(parameters, shardings, strict=True)
+    ]
+    _, treedef = _structure(dataclasses.replace(config, fingerprint=digest.hexdigest()), dtype)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _read_share(parameter: _Parameter, stored: dict[str, _Stored], dtype, index) -> np.ndarray:
+    """The part of a parameter that `index`, a slice for every axis, cuts out; of stored tensors only that is read."""
+    shape, layers = parameter.shape, [0]
+    share = np.empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
+    if parameter.is_stacked:
+        layers, index, shape = range(*index[0].indices(shape[0])), index[1:], shape[1:]
+    part = _stored_part(parameter.stored_shape, shape, index)
+    for layer, rows in zip(layers, share.reshape(len(layers), -1), strict=True):
+        done = 0
+        for _, slab in _slabs(stored[parameter.names[layer]], part):
+            rows[done : done + slab.size] = slab.reshape(-1)
+            done += slab.size
+    return share
+
+
+def _stored_part(stored_shape, shape, index) -> tuple[slice, ...]:
+    """The slices of a stored matrix, or vector, that hold `index` of the parameter of `shape` made from it."""
+    part, axis = [], 0
+    for size in stored_shape:
+        # A stored axis holds several of the parameter; it is the first of these that may be cut.
+        unit = size // shape[axis]
+        part.append(slice(*(end * unit for end in index[axis].indices(shape[axis])[:2])))
+        while size > 1:
+            size, axis = size // shape[axis], axis + 1
+    return tuple(part)
 
 
 def _architecture(config: LlamaConfig) -> str:
@@ -274,17 +321,26 @@ def _aligned_empty(shape, dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _slabs(tensor: _Stored):
-    """Yields (first row, rows) over a tensor.
+def _slabs(tensor: _Stored, part: tuple[slice, ...] = (slice(None),)):
+    """Yields (first row, rows) over a tensor, or over the part of it that the slices cut out.
 
     The file is opened anew for every slab: closing it unmaps the pages just read, which would count as this process's
     memory, a second copy of the checkpoint in the end.
     """
     row_bytes = math.prod(tensor.shape[1:]) * jnp.dtype(_DTYPES[tensor.dtype]).itemsize
     step = max(1, _SLAB_BYTES // row_bytes)
-    for start in range(0, tensor.shape[0], step):
+    first, end, _ = part[0].indices(tensor.shape[0])
+    for start in range(first, end, step):
         with _open(tensor.file) as tensors:
-            slab = tensors.get_slice(tensor.name)[start : min(start + step, tensor.shape[0])]
+            slab = tensors.get_slice(tensor.name)[(slice(start, min(start + step, end)), *part[1:])]
+        yield start, slab
+
+
+def _hashed_slabs(digest, name: str, tensor: _Stored):
+    """The slabs of a tensor, which the digest of all weights takes in as they pass by."""
+    digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+    for start, slab in _slabs(tensor):
+        _sample(digest, slab)
         yield start, slab
 
 

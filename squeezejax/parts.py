@@ -6,14 +6,17 @@ all parts, so that the tree reads as before on one device. What goes where is de
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import sharding
 from squeezejax.tree import GRANULE, Level, Tree
 
+_ROWS = ("keys", "values", "order")  # fields of a tree with an axis of rows
 # Fields of a level that number rows or clusters; all others describe a cluster and move with it.
 _NUMBERS = ("starts", "parents", "child_starts", "child_counts")
 
@@ -50,31 +53,116 @@ def split_context(tree: Tree, parts: int) -> Tree:
         raise ValueError(f"a tree has at least one part, got {parts}")
     if tree.parts == parts:
         return tree
-    on_host = jax.tree.map(np.asarray, tree.levels)
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], on_host) for i in range(tree.num_layers)]
-    moves = [plan(levels, parts) for levels in layers]
-    sizes = np.max([room(layer, parts) for layer in moves], axis=0).tolist()
-    placed = [place(levels, layer, sizes, parts) for levels, layer in zip(layers, moves, strict=True)]
-    rows, levels = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *placed)
-    return dataclasses.replace(
-        tree,
-        keys=take_rows(tree.keys, rows),
-        values=take_rows(tree.values, rows),
-        order=take_rows(tree.order, rows, -1),
-        levels=levels,
-        parts=parts,
-    )
+    return _rearrange(tree, *_lay_out(tree, parts), parts)
 
 
-def take_rows(x, rows, padding=0):
-    """Rows of x [… R H] or [… R] by number i32[… R'], those of number −1 being `padding`."""
-    axis = rows.ndim - 1
-    rows = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))
-    taken = jnp.take_along_axis(x, jnp.maximum(rows, 0), axis=axis)
-    return jnp.where(rows < 0, jnp.asarray(padding, x.dtype), taken)
+def distribute(mesh, tree: Tree) -> Tree:
+    """A tree of arrays on the host, which may be memory-mapped, on a mesh; each device is given its share only."""
+    parts, rows = sharding.size_of(mesh, "context"), None
+    if tree.parts % parts:
+        rows, levels = _lay_out(tree, parts)
+        arrays = {name: _Rearranged(getattr(tree, name), rows, -(name == "order")) for name in _ROWS}
+        tree = dataclasses.replace(tree, **arrays, levels=levels, parts=parts)
+
+    def put(leaf, wanted):  # copied: a tree must not go on living in the file
+        return jax.make_array_from_callback(leaf.shape, wanted, lambda index: np.array(leaf[index]))
+
+    return jax.tree.map(put, tree, sharding.shardings(mesh, tree))
 
 
-def plan(levels: tuple[Level, ...], parts: int) -> list[Move]:
+class _Rearranged:
+    """Rows of an array on the host, [L K R …], by old number i32[L K R']: gathered as they are asked for."""
+
+    def __init__(self, array, rows, padding):
+        self._array, self._rows, self._padding = array, rows, padding
+        self.shape, self.dtype = (*rows.shape, *array.shape[3:]), array.dtype
+
+    def __getitem__(self, index):
+        layers, heads, rows = (np.arange(n)[part] for n, part in zip(self._rows.shape, index, strict=False))
+        old = self._rows[np.ix_(layers, heads, rows)]
+        found = np.empty((*old.shape, *self.shape[3:]), self.dtype)
+        for at in np.ndindex(len(layers), len(heads)):
+            found[at] = self._array[layers[at[0]], heads[at[1]]][np.maximum(old[at], 0)]
+        found[old < 0] = self._padding
+        return found
+
+
+def split_layer(tree: Tree | None, layer: Tree, parts: int) -> tuple[Tree | None, Tree]:
+    """One layer, arrays without L, in parts of the tree's sizes, and the tree, with larger parts if these do not do.
+
+    Without a tree the sizes are those that the layer needs, and a little more for the layers to come.
+    """
+    levels = sharding.to_host(layer.levels)
+    moves = _plan(levels, parts)
+    needed = _room(moves, parts)
+    ample = [-(-(size + size // 32) // GRANULE) * GRANULE for size in needed]
+    sizes = ample
+    if tree is not None:
+        sizes = [rows.shape[2] // parts for rows in (*(level.counts for level in tree.levels), tree.order)]
+        if np.any(np.array(needed) > sizes):
+            sizes = np.maximum(ample, sizes).tolist()
+            tree = _widen(tree, sizes)
+    return tree, _rearrange(layer, *_place(levels, moves, sizes, parts), parts)
+
+
+def _widen(tree: Tree, sizes: list[int]) -> Tree:
+    """The tree with parts of the given sizes, none smaller than now, each holding what it held."""
+
+    def stay(total: int) -> Move:
+        old = np.broadcast_to(np.arange(total, dtype=np.int32), (tree.num_kv_heads, total))
+        return Move(old, old // (total // tree.parts))
+
+    moves = [stay(x.shape[2]) for x in (*(level.counts for level in tree.levels), tree.order)]
+    _, levels = _stack(_place(layer, moves, sizes, tree.parts) for layer in _layers(tree))
+    return _pad_rows(dataclasses.replace(tree, levels=levels), sizes[-1])
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _pad_rows(tree: Tree, size: int) -> Tree:
+    """With `size` rows in every part."""
+
+    def pad(x, padding=0):
+        parts = x.reshape(*x.shape[:2], tree.parts, -1, *x.shape[3:])
+        widths = [(0, 0)] * parts.ndim
+        widths[3] = (0, size - parts.shape[3])
+        return jnp.pad(parts, widths, constant_values=padding).reshape(*x.shape[:2], -1, *x.shape[3:])
+
+    wider = dataclasses.replace(tree, keys=pad(tree.keys), values=pad(tree.values), order=pad(tree.order, -1))
+    return sharding.constrain(tree, wider)
+
+
+def _layers(tree: Tree) -> list[tuple[Level, ...]]:
+    """The levels of each layer on the host, arrays [K C …]."""
+    on_host = sharding.to_host(tree.levels)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], on_host) for i in range(tree.num_layers)]
+
+
+def _lay_out(tree: Tree, parts: int) -> tuple[np.ndarray, tuple[Level, ...]]:
+    """(old number of each new row i32[L K R'], the levels) of a tree in parts."""
+    layers = _layers(tree)
+    moves = [_plan(levels, parts) for levels in layers]
+    sizes = np.max([_room(layer, parts) for layer in moves], axis=0).tolist()
+    return _stack(_place(*layer, sizes, parts) for layer in zip(layers, moves, strict=True))
+
+
+def _stack(layers):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+
+@functools.partial(jax.jit, static_argnames="parts")
+def _rearrange(tree: Tree, rows, levels: tuple[Level, ...], parts: int) -> Tree:
+    """The tree, or one layer, with other levels, and rows by their old number i32[… R'], −1 for padding."""
+
+    def take(x, padding=0):
+        index = rows.reshape(*rows.shape, *(1,) * (x.ndim - rows.ndim))
+        taken = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=rows.ndim - 1)
+        return jnp.where(index < 0, jnp.asarray(padding, x.dtype), taken)
+
+    arrays = {"keys": take(tree.keys), "values": take(tree.values), "order": take(tree.order, -1)}
+    return sharding.constrain(tree, dataclasses.replace(tree, **arrays, levels=levels, parts=parts))
+
+
+def _plan(levels: tuple[Level, ...], parts: int) -> list[Move]:
     """Where the clusters of each level, coarse → fine, and then the rows of one layer go; levels have axes [K C …]."""
     coarsest, finest = levels[0], levels[-1]
     part = _assign(coarsest.counts, parts)
@@ -91,13 +179,13 @@ def plan(levels: tuple[Level, ...], parts: int) -> list[Move]:
     return [*moves, Move(*(np.stack(entry).astype(np.int32) for entry in zip(*rows, strict=True)))]
 
 
-def room(moves: list[Move], parts: int) -> list[int]:
+def _room(moves: list[Move], parts: int) -> list[int]:
     """Entries that a part must have room for: clusters of each level, and rows."""
     *clusters, rows = (move.size(parts) for move in moves)
     return [*clusters, -(-rows // GRANULE) * GRANULE]
 
 
-def place(levels: tuple[Level, ...], moves: list[Move], sizes, parts: int) -> tuple[np.ndarray, tuple[Level, ...]]:
+def _place(levels: tuple[Level, ...], moves: list[Move], sizes, parts: int) -> tuple[np.ndarray, tuple[Level, ...]]:
     """One layer in parts of the given sizes: (old number of each new row i32[K R'], its levels)."""
     *of_levels, of_rows = moves
     *_, num_rows = sizes

@@ -17,12 +17,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "model", "context")
 # Fewer key/value heads than devices of `model`: that axis is cut in two, and the devices of a group share their heads.
 GROUP = "group"
-# Which mesh axes split the axes of arrays (tree.py has the letters; F is the MLP's width, R rows of the context).
+# Which mesh axes split the axes of arrays. tree.py has the letters; besides: F the MLP's width, R rows of the context,
+# and in a build, which has no users, X context tokens that are read together and E the hidden states kept for later.
 _SPLIT = {
     "B": ("data",),
     "K": ("model",),
@@ -31,6 +33,8 @@ _SPLIT = {
     "V": ("model", GROUP),
     "R": ("context",),
     "C": ("context",),
+    "X": ("data", "context"),
+    "E": ("data", "model", GROUP, "context"),
 }
 
 
@@ -50,11 +54,8 @@ def shardings(mesh: Mesh | AbstractMesh, x):
         sizes.update(zip(axes, leaf.shape, strict=False))
     mesh = _cut_model(mesh, sizes["K"])
     _check_sizes(mesh, sizes)
-    if hasattr(x, "parts") and x.parts % size_of(mesh, "context"):
-        raise ValueError(
-            f"the tree is laid out in {x.parts} parts, and the mesh's context axis has {size_of(mesh, 'context')} "
-            "devices: lay it out anew by squeezejax.split_context(tree, parts)"
-        )
+    if hasattr(x, "parts"):
+        _check_parts(mesh, x)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh, x))
 
 
@@ -80,13 +81,13 @@ def size_of(mesh, axis: str) -> int:
     return 1 if mesh is None else mesh.shape.get(axis, 1)
 
 
-def mesh_of(tree):
-    """The mesh that a tree, concrete or traced, lies on; None on one device, and inside the caller's own shard_map."""
-    mesh = jax.typeof(tree.keys).sharding.mesh
+def mesh_of(x) -> AbstractMesh | None:
+    """The mesh that params or a tree lie on, concrete or traced; None on one device, and inside a shard_map."""
+    mesh = jax.typeof(jax.tree.leaves(x)[0]).sharding.mesh
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return None
     if not set(mesh.axis_names) <= {*AXES, GROUP} or AxisType.Explicit in mesh.axis_types:
-        raise ValueError(f"the tree lies on {mesh}: place it by squeezejax.shardings(mesh, tree)")
+        raise ValueError(f"arrays lie on {mesh}: place them by squeezejax.shardings(mesh, …)")
     return mesh
 
 
@@ -100,9 +101,9 @@ def map_shards(f, mesh, in_specs, out_specs):
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def constrain(tree, x, letters: str | None = None):
-    """x, an array with these letters or a state, laid out on the mesh of the tree."""
-    mesh = mesh_of(tree)
+def constrain(beside, x, letters: str | None = None):
+    """In a program: x, a state, a tree or an array with these letters, laid out on the mesh of what lies beside it."""
+    mesh = mesh_of(beside)
     if mesh is None:
         return x
     layout = specs(mesh, x) if letters is None else spec(mesh, letters, x.shape)
@@ -110,12 +111,60 @@ def constrain(tree, x, letters: str | None = None):
     return jax.tree.map(put, layout, x)
 
 
+def place(beside, x):
+    """Between programs: x, params, a state or a tree, on the mesh of what lies beside it; shapes become zeros."""
+    sharding = jax.tree.leaves(beside)[0].sharding
+    wanted = jax.tree.map(lambda _: None, x) if mesh_of(beside) is None else shardings(sharding.mesh, x)
+
+    def put(leaf, sharding):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, x, wanted)
+
+
+def to_host(x):
+    """x as NumPy arrays, also where devices of other processes hold parts of it; all processes must ask together."""
+
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            leaf = jax.jit(lambda leaf: leaf, out_shardings=whole)(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, x)
+
+
+def map_heads(f, keys, *args):
+    """f(keys, *args) for arrays [K …] of one layer, each device with its own heads; f maps every head by itself."""
+    mesh = mesh_of(keys)
+    if mesh is None:
+        return f(keys, *args)
+    names, heads = (), keys.shape[0]
+    for name in ("model", "context", "data"):  # the last two have nothing else to do meanwhile
+        if heads % size_of(mesh, name) == 0 and name in mesh.shape:
+            names, heads = (*names, name), heads // size_of(mesh, name)
+    spread = PartitionSpec(names)
+    return map_shards(f, mesh, spread, spread)(keys, *args)
+
+
 def check_users(tree, num_users: int):
-    """Raises ValueError unless the tree's mesh divides the users evenly."""
-    if num_users % size_of(mesh_of(tree), "data"):
+    """Raises ValueError unless the tree fits the mesh that it lies on, and its data axis divides the users evenly."""
+    mesh = mesh_of(tree)
+    _check_parts(mesh, tree)
+    if num_users % size_of(mesh, "data"):
         raise ValueError(
-            f"{num_users} users cannot be divided among the {size_of(mesh_of(tree), 'data')} devices of the mesh's "
-            "data axis: pad the batch"
+            f"{num_users} users cannot be divided among the {size_of(mesh, 'data')} devices of the mesh's data axis: "
+            "pad the batch"
+        )
+
+
+def _check_parts(mesh, tree):
+    if tree.parts % size_of(mesh, "context"):
+        raise ValueError(
+            f"the tree is laid out in {tree.parts} parts, and the mesh's context axis has {size_of(mesh, 'context')} "
+            "devices: lay it out anew by squeezejax.split_context(tree, parts)"
         )
 
 
@@ -126,6 +175,8 @@ def _letters(x) -> list[str]:
         parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         name = ".".join(part for part in parts if not part.isdigit()).removesuffix(".value")
         letters = type(x).AXES.get(name, "")
+        if letters.startswith("L"):
+            letters = letters[len(letters) - len(leaf.shape) :]  # one layer by itself lacks this axis
         if len(letters) != len(leaf.shape):
             raise ValueError(f"the axes of {type(x).__name__}.{name}, of shape {leaf.shape}, are not known")
         found.append(letters)

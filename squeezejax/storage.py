@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.arguments import check_model
+from squeezejax.parts import distribute
+from squeezejax.sharding import to_host
 from squeezejax.storage_header import (
     MOST_HEADER_BYTES,
     Header,
@@ -60,15 +62,16 @@ def save(path, tree: Tree, notes: dict[str, str] | None = None):
         file.write(encode(dataclasses.replace(header, tensors=tensors)))
 
 
-def load(path, params=None) -> Tree:
-    """The tree in a file that `save` wrote, bit for bit, on JAX's default device.
+def load(path, params=None, *, mesh=None) -> Tree:
+    """The tree in a file that `save` wrote, bit for bit, on JAX's default device or on a mesh (`shardings`).
 
-    The file is memory-mapped and handed over tensor by tensor, so that the host never holds a second copy. With
-    `params`, a tree for another model is refused before its tensors are read. The file must not be written to in
-    place while it is read (`save` never does).
+    The file is memory-mapped and handed over tensor by tensor, so that the host never holds a second copy; devices of
+    a mesh are each given their share only. For a mesh that splits the context, a tree that is not laid out in such
+    parts is rearranged on the way. With `params`, a tree for another model is refused before its tensors are read. The
+    file must not be written to in place while it is read (`save` never does).
 
     Raises TreeFileError, naming the file and the reason, for one that is cut, altered, not a tree, of a newer version
-    or for another model; OSError (FileNotFoundError, …) for one that cannot be read.
+    or for another model; OSError (FileNotFoundError, …) for one that cannot be read; ValueError as `shardings` does.
     """
     with _naming(path), open(path, "rb") as file:
         header, data_start = parse_header(file)
@@ -80,15 +83,17 @@ def load(path, params=None) -> Tree:
         leaves = {}
         for name, tensor in header.tensors.items():
             rows = _map(file, tensor, data_start)
-            rows = _aligned_copy(rows) if on_cpu else rows
+            rows = _aligned_copy(rows) if on_cpu and mesh is None else rows
             if zlib.crc32(rows.reshape(-1).view(np.uint8)) != tensor.crc32:
                 raise TreeFileError(f"is altered: its tensor {name} does not match its checksum")
-            leaves[name] = jax.block_until_ready(jax.device_put(rows))  # done with the map before the next one
+            # On one device, done with the map before the next one.
+            leaves[name] = rows if mesh is not None else jax.block_until_ready(jax.device_put(rows))
         try:
-            _check_values(leaves, header.num_keys)
+            _check_values(leaves, header.num_keys, header.parts)
         except ValueError as error:
             raise TreeFileError(f"is not a valid squeezejax tree: {error}") from error
-    return _assemble(header, leaves)
+        tree = _assemble(header, leaves)
+        return tree if mesh is None else jax.block_until_ready(distribute(mesh, tree))
 
 
 def read_header(path) -> Header:
@@ -135,7 +140,7 @@ def _describe(tree: Tree, leaves: dict, notes: dict) -> Header:
     }
     try:
         check_shapes(tensors, tree.config, tree.num_keys)
-        _check_values(leaves, tree.num_keys)
+        _check_values(leaves, tree.num_keys, tree.parts)
     except ValueError as error:
         raise ValueError(f"cannot save this tree: {error}") from error
     header = Header(
@@ -144,6 +149,7 @@ def _describe(tree: Tree, leaves: dict, notes: dict) -> Header:
         tensors=tensors,
         fingerprint=tree.fingerprint,
         context_hash=None if digest is None else np.asarray(digest).tobytes().hex(),
+        parts=tree.parts,
         notes=dict(notes),
     )
     if len(encode(header)) > MOST_HEADER_BYTES:
@@ -157,7 +163,7 @@ def _write(file, leaf) -> int:
     parts = (leaf[i] for i in range(leaf.shape[0])) if leaf.ndim > 2 else [leaf]
     checksum = 0
     for part in parts:
-        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(to_host(part)).reshape(-1).view(np.uint8)
         checksum = zlib.crc32(data, checksum)
         file.write(data)
     return checksum
@@ -243,18 +249,19 @@ def _assemble(header: Header, leaves: dict) -> Tree:
         num_keys=header.num_keys,
         fingerprint=header.fingerprint,
         context_hash=digest,
+        parts=header.parts,
     )
 
 
 # ---- What a tree must be, when it is saved and when it is loaded
 
 
-def _check_values(leaves: dict, num_keys: int):
+def _check_values(leaves: dict, num_keys: int, parts: int):
     """Raises ValueError unless indices stay in range and clusters are disjoint runs that hold every key once.
 
     Attention gathers rows without checks of its own. Keys and values are not looked at.
     """
-    small = {name: np.asarray(leaf) for name, leaf in leaves.items() if "keys" not in name and "values" not in name}
+    small = to_host({name: leaf for name, leaf in leaves.items() if "keys" not in name and "values" not in name})
     order = small["order"]
     above = 1
     for i in range(sum(name.endswith(".counts") for name in small)):
@@ -264,6 +271,8 @@ def _check_values(leaves: dict, num_keys: int):
         require((counts.sum(axis=2, dtype=np.int64) == num_keys).all(), f"level {i} does not hold {num_keys} keys")
         require(parents.min() >= 0 and parents.max() < above, f"level {i} has parents that do not exist")
         require(np.isfinite(small[f"levels.{i}.centroids"]).all(), f"level {i} has centroids that are not finite")
+        if parts > 1:
+            _check_parts(parts, (starts, counts, parents if i else None), (order.shape[2], above), i)
         if i:
             _check_children(small[f"levels.{i - 1}.child_starts"], small[f"levels.{i - 1}.child_counts"], parents, i)
         above = counts.shape[2]
@@ -273,6 +282,18 @@ def _check_values(leaves: dict, num_keys: int):
         grid = small["sparsities"]
         require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
         require(not np.isnan(small["thresholds"]).any(), "its thresholds are not numbers")
+
+
+def _check_parts(parts: int, level, sizes, i: int):
+    """Level i's starts, counts, parents i32[L K C] must stay in their part; sizes: rows and clusters of level above."""
+    (starts, counts, parents), (num_rows, above) = level, sizes
+    C = counts.shape[2]
+    require(C % parts == 0 == num_rows % parts, f"its {parts} parts are not of one size")
+    part = np.arange(C) // (C // parts)
+    inside = lambda numbers, size: (numbers // (size // parts) == part).all()
+    last = starts.astype(np.int64) + np.maximum(counts, 1) - 1
+    require(inside(starts, num_rows) and inside(last, num_rows), f"level {i} has rows in other parts")
+    require(parents is None or inside(parents, above), f"level {i} has parents in other parts")
 
 
 def _check_children(starts, counts, parents, i: int):

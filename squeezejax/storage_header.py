@@ -24,7 +24,7 @@ _FORMAT = "squeezejax tree"
 _FIRST = b'{"__metadata__":{"format":"%s","version":"' % _FORMAT.encode()
 _BEGINNING = re.compile(re.escape(_FIRST) + rb'([1-9][0-9]{0,3})","header_crc32":"([0-9a-f]{8})"')
 _REQUIRED = {"format", "version", "header_crc32", "checksums", "config", "num_keys", "notes"}
-_OPTIONAL = {"fingerprint", "context_sha256"}
+_OPTIONAL = {"fingerprint", "context_sha256", "parts"}
 _DTYPES = {  # safetensors' names
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(jnp.bfloat16),
@@ -61,6 +61,7 @@ class Header:
     tensors: dict[str, StoredTensor]  # in the order of the file
     fingerprint: str | None = None  # of the model; None = unknown
     context_hash: str | None = None  # SHA-256 of the context's token ids in hexadecimal digits
+    parts: int = 1  # that the tree is laid out in
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # whatever the writer wanted kept beside the tree
     version: int = VERSION
 
@@ -81,6 +82,7 @@ def encode(header: Header) -> bytes:
         "num_keys": str(header.num_keys),
         "fingerprint": header.fingerprint,
         "context_sha256": header.context_hash,
+        "parts": str(header.parts) if header.parts > 1 else None,
         "notes": _compact(header.notes),
     }
     names = {dtype: name for name, dtype in _DTYPES.items()}
@@ -175,6 +177,8 @@ def _interpret(content: dict) -> Header:
     notes, checksums = _parse(metadata["notes"]), _parse(metadata["checksums"])
     require(all(isinstance(text, str) for text in notes.values()), "a note is not a string")
     require(re.fullmatch("[1-9][0-9]{0,9}", metadata["num_keys"]), "its number of keys is not a number")
+    parts = metadata.get("parts", "1")
+    require(re.fullmatch("[1-9][0-9]{0,5}", parts), "its number of parts is not a number")
     context_hash = metadata.get("context_sha256")
     require(context_hash is None or re.fullmatch("[0-9a-f]{64}", context_hash), "its context's hash is not SHA-256")
     return Header(
@@ -183,6 +187,7 @@ def _interpret(content: dict) -> Header:
         tensors=_interpret_tensors(content, checksums),
         fingerprint=metadata.get("fingerprint"),
         context_hash=context_hash,
+        parts=int(parts),
         notes=notes,
         version=int(metadata["version"]),
     )
