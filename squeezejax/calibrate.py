@@ -2,7 +2,8 @@
 
 A key's score is its cluster's A, averaged over the calibration queries and the group's heads. The threshold for
 sparsity p is the p-quantile of all key scores of all layers and heads together. In a hierarchy the levels above the
-finest keep a margin more, and each level below is calibrated on what they leave.
+finest keep a margin more, and each level below is calibrated on what they leave: there scores depend on the thresholds
+above, of which the table has some hundreds of sets.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax import sharding
+from squeezejax.pallas_kernels import reference
 from squeezejax.scores import score_heads
 from squeezejax.tree import Tree
 
@@ -21,7 +23,8 @@ GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.
 MOST_EXACT_CLUSTERS = 8192  # up to here a flat table holds every step of the quantile function
 TOLERANCE = 3e-4  # beyond it, the relative error of a threshold that may come from interpolation
 MOST_ROUNDING = 5e-4  # thresholds stay within 1e-3 of the quantile, even at logits of many thousand
-SCORES_AT_ONCE = 1 << 26  # cluster scores held at once, whatever the number of thresholds tried above them
+SCORES_AT_ONCE = 1 << 27  # cluster scores held at once, whatever the number of thresholds tried above them
+LEAST = 1e-300  # of a denominator, against the score that is largest when nothing is cut
 
 
 def log_thresholds(tree: Tree, sparsity) -> jax.Array:
@@ -62,32 +65,40 @@ def calibrate(tree: Tree, queries) -> Tree:
     if not bool(jnp.all(jnp.isfinite(queries))):
         raise ValueError("queries hold values that are not finite")
     counts = [np.asarray(level.counts).ravel() for level in tree.levels]
-    grid = GRID if len(counts) > 1 else _with_steps(GRID, _key_scores(tree, queries, np.empty((1, 0)))[:, 0], counts[0])
+    coarsest = np.stack([_coarsest_scores(tree, queries[layer], layer) for layer in range(L)])  # [L K C]
+    grid = GRID if len(counts) > 1 else _with_steps(GRID, coarsest.ravel(), counts[0])
     table = np.empty((0, len(grid)), np.float32)
     for depth, count in enumerate(counts):
         dropped = dropped_fractions(grid, depth, tree.config)
-        rounding = _rounding(queries, tree.levels[depth])
-        row = _above_ties(_level_row(tree, queries, count, table, dropped), rounding)
+        if depth == 0:
+            row = _quantiles(coarsest.ravel(), count, dropped)
+        else:
+            row = _row_below(tree, queries, coarsest, count, table, dropped)
+        row = _above_ties(row, _rounding(queries, tree.levels[depth], exact=depth == 0))
         # A coarse level that has to keep everything keeps its lowest cluster too, which no quantile does.
         is_finest = depth == len(counts) - 1
         table = np.vstack([table, row if is_finest else np.where(dropped <= 0, -np.inf, row)])
     return dataclasses.replace(tree, sparsities=jnp.asarray(grid), thresholds=jnp.asarray(table, jnp.float32))
 
 
-def _level_row(tree: Tree, queries, counts, above, dropped) -> np.ndarray:
-    """log T [P] of the level below those with thresholds `above` f32[levels above P], dropping fractions [P]."""
-    if len(above):
-        # Sparsities that share all thresholds above this level share its scores: score each distinct set once.
-        sets, set_of = np.unique(above, axis=1, return_inverse=True)
-    else:
-        sets, set_of = above[:, :1], np.zeros(len(dropped), int)
+def _row_below(tree: Tree, queries, coarsest, counts, above, dropped) -> np.ndarray:
+    """log T [P] of the level below those with thresholds `above` f32[levels above P], dropping fractions [P].
+
+    coarsest f32[L K C], counts i[L·K·C] of the level in question.
+    """
+    # Sparsities that share all thresholds above this level share its scores: score each distinct set once.
+    sets, set_of = np.unique(above, axis=1, return_inverse=True)
     row = np.empty(len(dropped))
-    batch = max(1, min(sets.shape[1], SCORES_AT_ONCE // len(counts)))
+    batch = max(1, SCORES_AT_ONCE // len(counts))
     for first in range(0, sets.shape[1], batch):
-        some = np.minimum(np.arange(first, first + batch), sets.shape[1] - 1)  # the last batch is filled up: one shape
-        for i, column in zip(some, _key_scores(tree, queries, sets.T[some]).T, strict=True):
+        some = sets[:, first : first + batch]
+        scores = [
+            _restricted_scores(tree, queries[layer], layer, coarsest[layer], some) for layer in range(len(queries))
+        ]
+        scores = np.concatenate(scores, axis=1)  # f32[P L·K·C]
+        for i, log_A in enumerate(scores, first):
             members = set_of.ravel() == i
-            row[members] = _quantiles(column, counts, dropped[members])
+            row[members] = _quantiles(log_A, counts, dropped[members])
     return row
 
 
@@ -102,41 +113,77 @@ def dropped_fractions(grid, depth: int, config) -> np.ndarray:
     return 1 - np.minimum(1, margin * (1 - grid.astype(np.float64)))
 
 
-def _key_scores(tree: Tree, queries, above) -> np.ndarray:
-    """log A f32[L·K·C P] of the level below those with thresholds `above` f32[P levels above], for P sets of them."""
-    above = jnp.asarray(above, jnp.float32)
-    scores = [np.asarray(_layer_scores(tree, queries[layer], layer, above)) for layer in range(tree.num_layers)]
-    return np.concatenate([layer.reshape(layer.shape[0], -1) for layer in scores], axis=1).T
-
-
 @jax.jit
-def _layer_scores(tree: Tree, queries, layer, above):
-    """log A f32[P K C] of one layer, whole on every device; queries [N W H], above f32[P levels above]."""
+def _coarsest_scores(tree: Tree, queries, layer):
+    """log A f32[K C] of one layer's coarsest level, as selection has it, whole on every device; queries [N W H]."""
     mesh = sharding.mesh_of(tree)
     if mesh is None:
-        return _scores_here(tree, queries, layer, above)
-    score_shard = functools.partial(_scores_here, context=sharding.context_axis(mesh))
+        return _coarsest_here(tree, queries, layer)
+    score_shard = functools.partial(_coarsest_here, context=sharding.context_axis(mesh))
     whole = sharding.spec(mesh, "")
-    in_specs = (sharding.specs(mesh, tree), sharding.spec(mesh, "K"), whole, whole)
-    call = sharding.map_shards(score_shard, mesh, in_specs, sharding.spec(mesh, "PKC"))
-    return sharding.constrain(tree, call(sharding.local_numbers(tree), queries, layer, above), "")
+    in_specs = (sharding.specs(mesh, tree), sharding.spec(mesh, "K"), whole)
+    call = sharding.map_shards(score_shard, mesh, in_specs, sharding.spec(mesh, "KC"))
+    return sharding.constrain(tree, call(sharding.local_numbers(tree), queries, layer), "")
 
 
-def _scores_here(tree: Tree, queries, layer, above, context: str | None = None):
-    """`_layer_scores` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
+def _coarsest_here(tree: Tree, queries, layer, context: str | None = None):
+    """`_coarsest_scores` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
     K = tree.num_kv_heads
     q = queries.reshape(K, -1, *queries.shape[1:]).transpose(2, 0, 1, 3)  # [W K G H]
-    levels = tree.levels[: above.shape[1] + 1]
-    valid = jnp.ones(q.shape[0], bool)
-    return jax.lax.map(lambda log_T: score_heads(levels, layer, q, valid, jnp.append(log_T, jnp.inf), context)[0], above)
+    return score_heads(tree.levels[:1], layer, q, jnp.ones(q.shape[0], bool), jnp.full(1, jnp.inf), context)[0]
+
+
+@functools.partial(jax.jit, static_argnames="depth")
+def _dots(tree: Tree, queries, layer, depth: int):
+    """s(q, c) f32[K M C] of one layer, whole on every device; queries [N W H], M query rows a key/value head."""
+    rows = queries.reshape(tree.num_kv_heads, -1, queries.shape[-1])
+    centroids = tree.levels[depth].centroids[layer]
+    dots = jax.lax.map(lambda head: reference.centroid_dots(*head), (rows, centroids))
+    return sharding.constrain(tree, dots, "")
+
+
+def _restricted_scores(tree: Tree, queries, layer: int, coarsest, above) -> np.ndarray:
+    """log A f32[P K·C] of the level below thresholds above f32[levels above P]; coarsest f32[K C]; queries [N W H]."""
+    depths = range(1, len(above) + 1)
+    dots = {depth: np.asarray(_dots(tree, queries, layer, depth)) for depth in depths}
+    levels = [
+        jax.tree.map(lambda leaf: np.asarray(leaf[layer]), (tree.levels[d].counts, tree.levels[d].parents))
+        for d in depths
+    ]
+    found = []
+    for head in range(len(coarsest)):
+        log_A = coarsest[head][None]
+        for depth, (counts, parents) in zip(depths, levels, strict=True):
+            kept = log_A > above[depth - 1][:, None]
+            alive = kept[:, parents[head]] & (counts[head] > 0)
+            log_A = _log_means(dots[depth][head], counts[head], alive)
+        found.append(log_A.astype(np.float32))
+    return np.concatenate(found, axis=1)
+
+
+def _log_means(dots, counts, alive) -> np.ndarray:
+    """`descend`'s log A for many sets of alive clusters at once: dots f32[M C], alive bool[P C] -> [P C].
+
+    One exponential serves all sets, and two matrix products do the rest, in float64, whose range makes it possible: a
+    query row counts nothing in a set that holds nothing within 690 nats of its best.
+    """
+    live = counts > 0
+    exp = np.where(live, dots, -np.inf).astype(np.float64)
+    exp = np.exp(exp - exp.max(axis=1, keepdims=True))
+    totals = (alive * counts) @ exp.T  # [P M]
+    shares = np.where(totals > LEAST, 1 / np.maximum(totals, LEAST), 0) / len(dots)
+    with np.errstate(divide="ignore"):
+        return np.where(alive, np.log(shares @ exp), -np.inf)
 
 
 def _sorted_scores(log_A, counts):
-    """Live scores ascending, and the number of keys up to and including each."""
-    live = counts > 0
-    log_A, counts = log_A[live].astype(np.float64), counts[live].astype(np.int64)
-    order = np.argsort(log_A, kind="stable")
-    return log_A[order], np.cumsum(counts[order])
+    """Scores of keys that take part ascending, −∞ first for all others, and the keys up to and including each."""
+    alive = (counts > 0) & (log_A > -np.inf)
+    kept, number = log_A[alive], counts[alive].astype(np.int64)
+    order = np.argsort(kept)  # not stable, which is slow: equal scores are as good as one
+    others = counts.sum(dtype=np.int64) - number.sum()
+    ascending = np.concatenate([[-np.inf], kept[order].astype(np.float64)])
+    return ascending, np.concatenate([[others], others + np.cumsum(number[order])])
 
 
 def _quantiles(log_A, counts, fractions) -> np.ndarray:
@@ -186,15 +233,18 @@ def _coarsened(steps, chosen, log_T, size: int) -> np.ndarray:
         chosen[add[np.argsort(-error[add], kind="stable")[:room]]] = True
 
 
-def _rounding(queries, level) -> float:
+def _rounding(queries, level, exact: bool) -> float:
     """How far two computations of one log score may lie apart, at most: equal centroids need not give equal dots.
 
     A matrix product may sum the columns of a centroid table in different orders, so what decides is the length of the
-    summands, ‖q‖·‖c‖/√H, not the score.
+    summands, ‖q‖·‖c‖/√H, not the score. Unless `exact`, selection also sums over queries and clusters otherwise than
+    was done here: in float32, in the manner of a tree.
     """
+    eps = float(np.finfo(np.float32).eps)
     lengths = [jnp.max(jnp.linalg.norm(x.astype(jnp.float32), axis=-1)) for x in (queries, level.centroids)]
     bound = float(lengths[0]) * float(lengths[1]) / math.sqrt(queries.shape[-1])
-    return min(2 * float(np.finfo(np.float32).eps) * bound, MOST_ROUNDING)
+    sums = 0 if exact else 4 * eps * math.log2(queries.shape[1] * queries.shape[2] * level.counts.shape[2])
+    return min(2 * eps * bound, MOST_ROUNDING) + sums
 
 
 def _above_ties(log_T, rounding: float) -> np.ndarray:
