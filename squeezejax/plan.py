@@ -65,6 +65,16 @@ class Reads:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collective:
+    """What devices along an axis of the mesh tell each other in one decode step."""
+
+    what: str
+    axis: str
+    count: int  # one after another
+    bytes: int  # of all of them together, as one device holds them
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `plan` finds out."""
 
@@ -77,6 +87,7 @@ class Plan:
     memory: Memory
     dense: Reads
     squeezed: Reads
+    collectives: tuple[Collective, ...]  # of a squeezed, greedy step
 
 
 def plan(
@@ -113,6 +124,7 @@ def plan(
         memory=_memory(params, tree, state, mesh),
         dense=_reads(params, tree, state, mesh, sparsity=0.0),
         squeezed=_reads(params, tree, state, mesh, sparsity=sparsity),
+        collectives=tuple(_collectives(params, mesh, users, config.num_levels)),
     )
 
 
@@ -202,3 +214,25 @@ def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
         window=sizes["window_keys"] + sizes["window_values"],
         own=own["keys"] + own["values"],
     )
+
+
+def _collectives(params, mesh, users: int, levels: int):
+    """Partial results that are summed or compared; keys, values, centroids and weights stay where they are."""
+    model, L = params.config, params.config.num_layers
+    heads, parts = size_of(mesh, "model"), size_of(mesh, "context")
+    B = users // size_of(mesh, "data")
+    lanes, rows = B * -(-model.num_kv_heads // heads), B * model.num_heads // heads
+    f32, itemsize = 4, params.embedding.dtype.itemsize
+    if heads > 1:
+        hidden = B * model.model_dim * (2 * L * f32 + itemsize)
+        yield Collective("hidden states, of embedding, attention and MLP", "model", 2 * L + 1, hidden)
+        yield Collective("likeliest tokens and their logits", "model", 2, 2 * B * heads * f32)
+        yield Collective("kept fractions", "model", L, L * B * f32)
+    if parts > 1:
+        # The finest level is scored lane by lane, a lane being a user's key/value head; so are those between.
+        steps = 2 * L * (lanes if levels == 1 else 1 + (levels - 1) * lanes)
+        yield Collective("largest scores and denominators", "context", steps, 2 * L * levels * rows * f32)
+        yield Collective("partial attention", "context", 3 * L, L * rows * (model.head_dim + 2) * f32)
+        yield Collective("kept fractions", "context", L, L * B * f32)
+    if users > B:
+        yield Collective("whether anybody goes on", "data", 1, 1)

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from squeezejax.commands import model_directory, read_model_config
 from squeezejax.config import SqueezeConfig
+from squeezejax.memory import readable_bytes
 from squeezejax.models.llama import Llama
 from squeezejax.plan import Plan, plan
 
@@ -50,6 +51,11 @@ def plan_lines(made: Plan, params, device_memory: float | None = None, bandwidth
     yield from _memory_lines(made, device_memory)
     yield ""
     yield from _read_lines(made, bandwidth)
+    if made.collectives:
+        yield ""
+        yield "told between devices in each decode step"
+    for found in made.collectives:
+        yield f"  {found.axis:9}{found.count:6,} × {found.what}, {readable_bytes(found.bytes)} in all"
 
 
 def _setting(made: Plan, params):
