@@ -73,7 +73,7 @@ def choose(tree: Tree, q, valid, attended, layer, log_T, estimate: Estimate) -> 
 
     def one_head(head, q, valid, attended):
         levels = jax.tree.map(lambda leaf: leaf[layer, head], tree.levels)
-        kept, rest = _descend(levels, q, valid, attended, log_T, estimate, tree.config.coarse_margin)
+        (*_, kept), rest = descend(levels, q, valid, attended, log_T, estimate, tree.config.coarse_margin)
         return reference.kept_runs(kept, levels[-1].starts, levels[-1].counts), rest
 
     def one_user(user):
@@ -84,13 +84,18 @@ def choose(tree: Tree, q, valid, attended, layer, log_T, estimate: Estimate) -> 
         return Chosen(*map_over(one_user, (q, valid, attended)))
 
 
-def _descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Estimate, margin: float):
-    """One head from coarse to fine -> (kept bool[C] of the finest level, what each level leaves to its centroids)."""
-    kept, elsewhere, rest = None, attended, []  # elsewhere f32[M]: log mass outside the clusters still in question
+def descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Estimate, margin: float):
+    """One head from coarse to fine -> ([kept bool[C], …], [`Chosen.rest`, …]), one entry a level.
+
+    levels without the axes L and K; q [M H]; valid bool[M]; attended f32[M] as for `choose`; log_T f32[levels] where
+    thresholds choose; margin is the config's coarse_margin.
+    """
+    kepts, rest = [], []
+    elsewhere = attended  # f32[M]: log mass outside the clusters still in question
     for depth, level in enumerate(levels):
         alive = level.counts > 0
-        if kept is not None:
-            alive &= kept[level.parents]
+        if depth:
+            alive &= kepts[-1][level.parents]
         log_mass = reference.centroid_dots(q, level.centroids) + _log(level.counts)[None, :]
         log_mass = jnp.where(alive[None, :], log_mass, MASKED)
         if estimate.min_mass is None:
@@ -102,7 +107,8 @@ def _descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Est
             kept = alive & _fewest(log_mass, attended, elsewhere, valid, 1 - lost)
         rest.append(_attend_centroids(log_mass, alive & ~kept, level.value_centroids if estimate.tail else None))
         elsewhere = jnp.logaddexp(elsewhere, rest[-1][1])
-    return kept, rest
+        kepts.append(kept)
+    return kepts, rest
 
 
 def _log(counts):
@@ -152,14 +158,8 @@ def add_value_centroids(tree: Tree) -> Tree:
     def one_head(head):  # index in L·K -> [means f32[C H], …], coarse → fine
         values = flat(tree.values)[head].astype(jnp.float32)
         fine = jax.tree.map(lambda leaf: flat(leaf)[head], tree.levels[-1])
-        C = fine.counts.shape[0]
-        # Which run a row lies in: the one that began last. Runs may lie in any order, with padding between them.
-        first = jnp.where(fine.counts > 0, fine.starts, R)
-        begins = jnp.full(R, -1).at[first].set(jnp.arange(C), mode="drop")
-        last = jax.lax.cummax(jnp.where(begins >= 0, jnp.arange(R), 0))
-        cluster = begins[last]
-        inside = (cluster >= 0) & (jnp.arange(R) < last + fine.counts[cluster])
-        sums = [jax.ops.segment_sum(jnp.where(inside[:, None], values, 0.0), cluster, C)]
+        cluster = cluster_of_rows(fine.starts, fine.counts, R)
+        sums = [jax.ops.segment_sum(values, cluster, fine.counts.shape[0])]  # drops padding
         for coarse, level in reversed([*itertools.pairwise(tree.levels)]):
             sums.insert(0, jax.ops.segment_sum(sums[0], flat(level.parents)[head], coarse.counts.shape[2]))
         sizes = [jnp.maximum(flat(level.counts)[head], 1).astype(jnp.float32) for level in tree.levels]
@@ -171,3 +171,14 @@ def add_value_centroids(tree: Tree) -> Tree:
         for level, mean in zip(tree.levels, means, strict=True)
     )
     return dataclasses.replace(tree, levels=levels)
+
+
+def cluster_of_rows(starts, counts, num_rows: int):
+    """The cluster of every row of one head, i32[R], −1 for padding; starts, counts i32[C] of disjoint runs."""
+    # A row lies in the run that began last, if in any: runs may lie in any order, with padding between them.
+    row = jnp.arange(num_rows)
+    first = jnp.where(counts > 0, starts, num_rows)
+    begins = jnp.full(num_rows, -1).at[first].set(jnp.arange(counts.shape[0]), mode="drop")
+    last = jax.lax.cummax(jnp.where(begins >= 0, row, 0))
+    cluster = begins[last]
+    return jnp.where((cluster >= 0) & (row < last + counts[cluster]), cluster, -1)

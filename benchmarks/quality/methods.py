@@ -1,0 +1,252 @@
+"""Ways of choosing keys, all behind one signature: nothing but the choice differs between them.
+
+A method makes an *index* of a context's clustered keys once, and then chooses, for the query rows that share one
+selection and one key/value head, which keys these attend to. Every method chooses per key/value head, anew for every
+token of a reply and once for all tokens of a question, and never touches the observation window or the question's own
+tokens, which everybody attends to. Where several rows share a selection (the heads of a group, the tokens of a
+question), each row's scores are normalised by a softmax and the rows averaged, as in Squeezed Attention; for a single
+row that leaves a method's own order of keys as it is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from squeezejax import SqueezeConfig, Tree, log_thresholds
+from squeezejax.attention import merge
+from squeezejax.estimate import Estimate, cluster_of_rows, descend
+from squeezejax.pallas_kernels import reference
+
+CONFIG = SqueezeConfig(sparsity=0.9)  # of the trees; sparsities are settings of a run
+PAGE = 16  # keys of one of Quest's pages
+SINKS = 4  # first tokens that StreamingLLM keeps
+POOLING = 5  # neighbouring tokens that SnapKV averages
+BLOCK = 20  # keys of a position block: the mean size of our clusters
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A context that was read once: its keys in their order, and the trees made of them."""
+
+    keys: jax.Array  # [L K S H], clustered keys
+    values: jax.Array  # [L K S H]
+    window_keys: jax.Array  # [L K W H]
+    window_values: jax.Array  # [L K W H]
+    queries: jax.Array  # [L N W H], of the window
+    tree: Tree  # calibrated, with value centroids
+    flat: Tree  # its finest level alone, calibrated
+
+
+class Choice(NamedTuple):
+    """What one selection attends to, and what finding it took."""
+
+    mask: jax.Array  # bool[S]
+    index_read: jax.Array  # f32[], vectors of the index that were read; a key and its value are two
+    rest: tuple | None = None  # (out f32[M H], lse f32[M]) over keys not in the mask, where a method estimates them
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way of choosing keys."""
+
+    name: str
+    build: Callable[[Fixed], Any]  # -> index, every leaf with leading axes [L K]
+    choose: Callable[..., Choice]  # (index of one head, q [M H], valid bool[M], attended f32[M], knob)
+    knob: Callable[[Fixed, float], Any]  # from a setting, see `kind`
+    kind: str = "keys"  # what a setting is: "keys", the fraction to keep; "sparsity"; or "mass" to attend to
+
+
+# ---- Methods that rank units of keys and keep the first ones
+
+
+class Units(NamedTuple):
+    """Keys in units that are kept or dropped whole, and what a method knows of them."""
+
+    of_key: jax.Array  # i32[L K S]
+    sizes: jax.Array  # i32[L K U]
+    known: Any = None
+
+
+def keep_first(units: Units, scores, num_keys):
+    """Keys of the units that score best, until num_keys are reached: bool[S]; scores f32[U], −∞ = never."""
+    order = jnp.argsort(-scores, stable=True)
+    sizes = units.sizes[order]
+    before = jnp.cumsum(sizes) - sizes
+    kept = jnp.zeros(scores.shape, bool).at[order].set((before < num_keys) & (scores[order] > -jnp.inf))
+    return kept[units.of_key]
+
+
+def mean_softmax(logits, valid):
+    """Softmax of each row of logits f32[M U], averaged over valid bool[M]: f32[U]."""
+    shares = jnp.where(valid[:, None], jax.nn.softmax(logits, axis=1), 0.0)
+    return jnp.sum(shares, axis=0) / jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
+
+
+def in_order(fixed: Fixed, size: int, known=None) -> Units:
+    """Units of `size` neighbouring keys; `known`, what the method knows of each."""
+    L, K, S = fixed.keys.shape[:3]
+    of_key = jnp.arange(S) // size
+    sizes = jnp.bincount(of_key, length=-(-S // size))
+    everywhere = lambda x: jnp.broadcast_to(x, (L, K, *x.shape))
+    return Units(everywhere(of_key), everywhere(sizes), known)
+
+
+def pad_units(x, size: int, value):
+    """x [L K S H] as [L K U size H], the last unit filled up with `value`."""
+    L, K, S, H = x.shape
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -S % size), (0, 0)), constant_values=value).reshape(L, K, -1, size, H)
+
+
+def ranked(name: str, build, score) -> Method:
+    """A method that keeps the best units; score(units of a head, q [M H], valid) -> (f32[U], vectors read)."""
+
+    def choose(units, q, valid, attended, num_keys):
+        scores, read = score(units, q, valid)
+        return Choice(keep_first(units, scores, num_keys), jnp.float32(read))
+
+    return Method(name, build, choose, lambda fixed, share: jnp.int32(round(share * fixed.keys.shape[2])))
+
+
+def _exact_build(fixed: Fixed) -> Units:
+    return in_order(fixed, 1, fixed.keys)
+
+
+def _exact_score(units: Units, q, valid):
+    """The oracle: exact attention weights, for which every key is read."""
+    return mean_softmax(reference.centroid_dots(q, units.known), valid), len(units.known)
+
+
+def _quest_build(fixed: Fixed) -> Units:
+    low = jnp.min(pad_units(fixed.keys, PAGE, jnp.inf), axis=3)
+    high = jnp.max(pad_units(fixed.keys, PAGE, -jnp.inf), axis=3)
+    return in_order(fixed, PAGE, (low, high))
+
+
+def _quest_score(units: Units, q, valid):
+    """Quest (Tang et al., arXiv 2406.10774, algorithm 1): the most that a key of a page could score, from the page's
+    smallest and largest value in every dimension. Here in every layer; the paper leaves the first two dense."""
+    low, high = units.known  # [U H]
+    bound = jnp.maximum(q, 0) @ high.T + jnp.minimum(q, 0) @ low.T  # Σ max(q·low, q·high)
+    return mean_softmax(bound / jnp.sqrt(jnp.float32(q.shape[1])), valid), 2 * len(low)
+
+
+def _blocks_build(fixed: Fixed) -> Units:
+    units = in_order(fixed, BLOCK)
+    return units._replace(
+        known=jnp.sum(pad_units(fixed.keys, BLOCK, 0), axis=3) / units.sizes[..., None].astype(jnp.float32)
+    )
+
+
+def _by_centroid(units: Units, q, valid):
+    """Blocks of positions with their mean key (as MoBA scores them, arXiv 2502.13189), or clusters, by log A."""
+    size = units.sizes > 0
+    return reference.score_clusters(q, units.known, units.sizes, size, valid), jnp.sum(size)
+
+
+def _clusters_build(fixed: Fixed) -> Units:
+    fine = fixed.flat.levels[-1]
+    return Units(cluster_of_key(fixed.flat), fine.counts, fine.centroids)
+
+
+def _window_build(fixed: Fixed) -> Units:
+    position = jnp.arange(fixed.keys.shape[2])
+    score = jnp.where(position < SINKS, jnp.inf, position.astype(jnp.float32))
+    return in_order(fixed, 1, jnp.broadcast_to(score, fixed.keys.shape[:3]))
+
+
+def _snapkv_build(fixed: Fixed) -> Units:
+    """SnapKV (Li et al., arXiv 2404.14469, listing 1): attention of the prompt's last queries to the keys before them,
+    summed over the queries, smoothed over neighbours. Here the prompt is the fixed context, kept for any question;
+    heads of a group, which the paper lacks, are averaged."""
+    L, K, S, H = fixed.keys.shape
+    N, W = fixed.queries.shape[1:3]
+    queries = fixed.queries.reshape(L, K, N // K, W, H) / jnp.sqrt(jnp.float32(H))
+    before = jnp.einsum("LKGWH,LKSH->LKGWS", queries, fixed.keys)
+    causal = jnp.tril(jnp.ones((W, W), bool))
+    own = jnp.einsum("LKGWH,LKVH->LKGWV", queries, fixed.window_keys)
+    own = jnp.where(causal[None, None, None], own, -jnp.inf)
+    weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1)[..., :S]
+    observed = jnp.mean(jnp.sum(weights, axis=3), axis=2)  # [L K S]
+    kernel = jnp.ones((1, 1, POOLING), jnp.float32) / POOLING
+    pooled = jax.lax.conv_general_dilated(observed.reshape(L * K, 1, S), kernel, (1,), "SAME").reshape(L, K, S)
+    return in_order(fixed, 1, pooled)
+
+
+def _random_build(fixed: Fixed) -> Units:
+    units = _clusters_build(fixed)
+    return units._replace(known=jax.random.uniform(jax.random.key(0), units.sizes.shape))
+
+
+def _as_known(units: Units, q, valid):
+    """The order of the index, whatever the query."""
+    return units.known, 0
+
+
+# ---- Our own: the library's selection, without and with what it estimates
+
+
+def cluster_of_key(tree: Tree) -> jax.Array:
+    """The finest cluster of every clustered key, in the keys' original order: i32[L K S]."""
+    fine = tree.levels[-1]
+
+    def one_head(order, starts, counts):
+        cluster = cluster_of_rows(starts, counts, len(order))
+        at = jnp.where(order < 0, tree.num_keys, order)  # padding is sent past the end
+        return jnp.zeros(tree.num_keys, jnp.int32).at[at].set(cluster, mode="drop")
+
+    return jax.vmap(jax.vmap(one_head))(tree.order, fine.starts, fine.counts)
+
+
+class Squeezed(NamedTuple):
+    """The levels of a tree and where its keys are."""
+
+    levels: tuple
+    of_key: jax.Array  # i32[L K S]
+
+
+def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool = False) -> Method:
+    """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate."""
+    tree_of = lambda fixed: fixed.flat if flat else fixed.tree
+
+    def choose(index: Squeezed, q, valid, attended, knob):
+        estimate = Estimate(knob, tail) if by_mass else Estimate(tail=tail)
+        kept, rest = descend(
+            index.levels, q, valid, attended, None if by_mass else knob, estimate, CONFIG.coarse_margin
+        )
+        read, alive = jnp.int32(0), [index.levels[0].counts > 0]
+        for above, level in zip(kept, index.levels[1:], strict=False):
+            alive.append((level.counts > 0) & above[level.parents])
+        for living, keep in zip(alive, kept, strict=True):
+            # A centroid for every cluster scored, and with the tail a mean value for every one given up.
+            read += jnp.sum(living) + (jnp.sum(living & ~keep) if tail else 0)
+        return Choice(kept[-1][index.of_key], read.astype(jnp.float32), merge(*rest) if tail else None)
+
+    knob = (lambda fixed, p: jnp.float32(p)) if by_mass else (lambda fixed, p: log_thresholds(tree_of(fixed), p))
+    build = lambda fixed: Squeezed(tree_of(fixed).levels, cluster_of_key(tree_of(fixed)))
+    return Method(name, build, choose, knob, "mass" if by_mass else "sparsity")
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        squeezed("squeezed"),
+        squeezed("squeezed_flat", flat=True),
+        squeezed("squeezed_tail", tail=True),
+        squeezed("squeezed_flat_tail", flat=True, tail=True),
+        squeezed("squeezed_mass", by_mass=True),
+        squeezed("squeezed_mass_tail", by_mass=True, tail=True),
+        squeezed("squeezed_flat_mass_tail", flat=True, by_mass=True, tail=True),
+        ranked("clusters_ranked", _clusters_build, _by_centroid),
+        ranked("exact", _exact_build, _exact_score),
+        ranked("quest", _quest_build, _quest_score),
+        ranked("blocks", _blocks_build, _by_centroid),
+        ranked("snapkv", _snapkv_build, _as_known),
+        ranked("window", _window_build, _as_known),
+        ranked("random", _random_build, _as_known),
+    )
+}
