@@ -1,25 +1,30 @@
 """Which implementation runs: a name means that one or an error, `None` picks the best that has proved itself.
 
 "xla" is plain XLA and runs everywhere. "mosaic" is the Hopper kernels: decode steps run by them, prefill still as
-"xla". They have been interpreted and compiled for an H200, but never run on one, so `None` does not choose them yet.
+"xla". They have been interpreted and compiled for an H200, but never run on one: where `None` would choose them (a
+Hopper GPU, JAX ≥ 0.11, shapes that they take), they first have to agree with float64 there, once for each size.
 """
 
+import concurrent.futures
 import contextlib
+import functools
+import warnings
 
 import jax
 
 IMPLEMENTATIONS = ("xla", "mosaic")
+AUTO = "auto"  # what `None` means on a Hopper GPU
 
 _forced = False
 
 
 def resolve(implementation: str | None) -> str:
-    """The implementation to use for a request, "xla" or "mosaic".
+    """What a request asks for: "xla", "mosaic", or AUTO, the kernels wherever they can and have proved themselves.
 
     Raises ValueError for an unknown name, NotImplementedError for one that cannot run here.
     """
     if implementation is None:
-        return "xla"
+        return "xla" if _missing() else AUTO
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "mosaic" and (reason := _missing()):
@@ -27,17 +32,66 @@ def resolve(implementation: str | None) -> str:
     return implementation
 
 
-def decode_kernels(implementation: str, q, keys, levels):
-    """The module of decode kernels for one token a user, q [B K G H] over keys [L K R H]; None means plain XLA.
+def decode_kernels(implementation: str, q, keys, *other_keys, split: bool = False):
+    """The module of decode kernels for one token a user, q [B 1 N H], over keys [L K R H]; None means plain XLA.
 
+    other_keys are the window's and the users' own; split says that devices share the context.
     Raises NotImplementedError where "mosaic" was named and cannot take these arrays.
     """
     if implementation == "xla":
         return None
     from squeezejax.pallas_kernels import decode  # imports Mosaic, which older JAX lacks
 
-    decode.check(q, keys, levels)
+    try:
+        decode.check(q, keys, *other_keys)
+        if split:
+            raise NotImplementedError("the decode kernels take a context that lies on one device")
+    except NotImplementedError:
+        if implementation == AUTO:
+            return None
+        raise
+    if implementation == AUTO and not proved(q.shape[3], q.shape[2] // keys.shape[1], str(q.dtype)):
+        return None
     return decode
+
+
+@functools.cache
+def proved(head_dim: int, group: int, dtype: str) -> bool:
+    """Whether the decode kernels, made for these sizes, have agreed with float64 on this machine, twice in a row.
+
+    One small step at first use. If it fails there is one warning, and plain XLA serves.
+    """
+    from squeezejax.pallas_kernels import self_check
+
+    try:
+        # A thread of its own traces nothing, so this runs now, whatever the caller is tracing.
+        # (ensure_compile_time_eval would evaluate operations inside the kernels, too.)
+        with concurrent.futures.ThreadPoolExecutor(1) as apart:
+            apart.submit(self_check.decode_step, head_dim, group, dtype).result()
+    except Exception as error:  # whatever goes wrong in an untried kernel, XLA still can
+        warnings.warn(
+            f"the Hopper kernels failed their check on this machine, so plain XLA runs instead: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def prefill_kernels(implementation: str, q, keys, *, split: bool = False):
+    """The module of prefill kernels for several tokens a user, q [B T N H], over keys [L K R H]; None: plain XLA.
+
+    Only a name chooses them: the check on the machine does not cover them yet. Raises NotImplementedError where
+    "mosaic" was named and cannot take these arrays.
+    """
+    if implementation != "mosaic":
+        return None
+    from squeezejax.pallas_kernels import prefill  # imports Mosaic, which older JAX lacks
+
+    prefill.check(q, keys)
+    if split:
+        raise NotImplementedError("the prefill kernels take a context that lies on one device")
+    return prefill
 
 
 def assignment_kernel(implementation: str, head_dim: int):

@@ -10,6 +10,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 GRANULE = 8  # rows that a kernel reads together: the height of a swizzle tile, the least that TMA can place
+TILE = 64  # rows that a CTA works on together: the height of a wgmma
+MASKED = -1e30  # a score that counts for nothing; finite, so that a lane of nothing else stays free of NaN
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 # Transposed scores and outputs: key rows (or head entries) down the 64 rows of a wgmma, query rows along its columns.
 MATRIX = plgpu.Layout.WGMMA
@@ -36,17 +39,22 @@ def interpreting() -> bool:
     return _interpreting
 
 
+def count_ctas(per_multiprocessor: int) -> int:
+    """CTAs of a kernel that shares its work out evenly, so many a multiprocessor."""
+    return 3 if _interpreting else per_multiprocessor * MULTIPROCESSORS  # interpreting takes longer with every CTA
+
+
 def load(ref, layout):
-    """Reads a reference to GPU memory straight into registers in a WGMMA-family layout."""
+    """Reads a reference straight into registers in a WGMMA-family layout."""
     if _interpreting:  # which knows no such loads
         return plgpu.layout_cast(ref[...], layout)
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def swizzled(head_dim: int):
-    """Shared-memory transforms of a kernel's 16-bit wgmma operands; all must share one swizzle."""
-    tile = 64 if head_dim % 64 == 0 else 32
-    return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(2 * tile)
+def swizzled(head_dim: int, itemsize: int = 2):
+    """Shared-memory transforms of rows of head_dim numbers; all operands of a wgmma must share one swizzle."""
+    tile = 128 // itemsize if head_dim % (128 // itemsize) == 0 else 64 // itemsize
+    return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(tile * itemsize)
 
 
 def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerParams:

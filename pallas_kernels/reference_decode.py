@@ -6,17 +6,25 @@ Same signatures and layouts as the kernels' wrappers, no helper shared with them
 import numpy as np
 
 
-def attend_items(q, keys, values, items, num_items, layer):
-    """As `sparse_decode.attend_items`: (out f64[B K G H], lse f64[B K G])."""
-    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
-    items, num_items = np.asarray(items), np.asarray(num_items)
+def attend(q, in_order, listed, layer):
+    """As `sparse_decode.attend`: (out f64[B K G H], lse f64[B K G])."""
     B, K, G, H = q.shape
     out, lse = np.zeros((B, K, G, H)), np.full((B, K, G), -1e30)
     for b in range(B):
         for k in range(K):
-            rows = rows_of(items[b, k, : num_items[b, k]])
-            if rows.size:
-                out[b, k], lse[b, k] = attend_rows(q[b, k], keys[layer, k, rows], values[layer, k, rows])
+            keys, values = [np.zeros((0, H))], [np.zeros((0, H))]
+            for source in in_order:
+                n = int(source.num_rows[b, k])
+                for found, cache in ((keys, source.keys), (values, source.values)):
+                    rows = cache[b, :n, k] if source.own else cache[layer, k, :n]
+                    found.append(np.asarray(rows, np.float64))
+            if listed is not None:
+                rows = rows_of(np.asarray(listed.items)[b * K + k, : int(listed.num_items[b * K + k])])
+                for found, cache in ((keys, listed.keys), (values, listed.values)):
+                    found.append(np.asarray(cache[layer, k], np.float64)[rows])
+            if sum(map(len, keys)):
+                query = np.asarray(q[b, k], np.float64)
+                out[b, k], lse[b, k] = attend_rows(query, np.concatenate(keys), np.concatenate(values))
     return out, lse
 
 
@@ -48,12 +56,23 @@ def log_scores(q, centroids, counts):
     return log_A
 
 
-def keep_clusters(q, centroids, counts, log_T, layer):
-    """As `centroid_scores.keep_clusters`, on arrays without padding: bool[B K C] for counts i32[B K C]."""
-    centroids, counts = np.asarray(centroids), np.asarray(counts)
-    B, K = counts.shape[:2]
-    scores = [[log_scores(q[b, k], centroids[layer, k], counts[b, k]) for k in range(K)] for b in range(B)]
-    return np.array(scores) > float(log_T)
+def descend(q, levels, log_T):
+    """One head from coarse to fine, q [G H]: for every level (log A f64[C], kept bool[C]).
+
+    levels as for `decode.select`, of one layer and head: arrays without L and K. Below the coarsest only children of
+    kept clusters are alive, and their denominators count nothing else.
+    """
+    found, alive = [], None
+    for level, log_t in zip(levels, log_T, strict=True):
+        counts = np.asarray(level.counts) if alive is None else np.where(alive, level.counts, 0)
+        log_A = log_scores(q, level.centroids, counts)
+        kept = log_A > float(log_t)
+        found.append((log_A, kept))
+        if level.child_starts is not None:
+            children = kept_rows(kept, np.asarray(level.child_starts), np.asarray(level.child_counts))
+            alive = np.isin(np.arange(children.max(initial=0) + 1), children)
+            alive = np.pad(alive, (0, int(np.asarray(level.child_counts).sum()) - len(alive)))
+    return found
 
 
 def kept_rows(kept, starts, counts) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""From kept clusters to the attention kernel's list of items, for Hopper.
+"""Lists of what a kernel reads next, for Hopper: made of what an earlier one kept, read by granules of 8 rows.
 
-An item is `granule · 256 + mask`: 8 rows of the cache that TMA fetches together, and which of them are attended. A
-cluster is a run of rows that may begin and end inside granules. Clusters of one chunk that meet in a granule share its
-item, the mask telling all their rows; only at the border of two chunks is a granule listed twice, with disjoint masks.
+An item is `granule · 256 + mask`: 8 neighbouring rows that TMA fetches together, and which of them count. Rows are
+keys of the cache, or clusters of the next finer level: both lie in runs, and what is kept of one level is a set of
+runs of the next. Runs of one tile (64 clusters) that meet in a granule share its item, the mask telling all their
+rows; only where runs of two tiles meet is a granule listed twice, with disjoint masks.
 
-Positions in the list are prefix sums. A kernel has no scan and no scatter, but chunks are small: everything is
-comparisons of 64 list positions with 64 clusters in registers, then a copy of exactly the entries that count.
+Positions in the list are prefix sums. A kernel has no scan and no scatter, but tiles are small: everything is
+comparisons of 64 list positions with 64 runs in registers, then a copy of exactly the entries that count.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,105 +18,200 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from squeezejax.pallas_kernels.mosaic import ALONG, DOWN, GRANULE, MATRIX, columns, compiler_params, load, rows
+from squeezejax.pallas_kernels.mosaic import (
+    ALONG,
+    DOWN,
+    GRANULE,
+    MATRIX,
+    TILE,
+    columns,
+    compiler_params,
+    count_ctas,
+    load,
+    rows,
+)
+from squeezejax.pallas_kernels.shares import Shares, offsets_of
 
-CHUNK = 64  # clusters of one CTA
+PER_TILE = TILE // GRANULE
+AT_ONCE = 4  # blocks of 64 numbers read together, so that their latencies overlap
 
 
-def pad_clusters(x):
-    """[… C] -> [… C']: a chunk of zeros before cluster 0, and zeros up to whole chunks after the last one."""
-    C = x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(CHUNK, -C % CHUNK)])
+class Lists(NamedTuple):
+    """What every lane reads, tile by tile (8 items, 64 rows)."""
+
+    items: jax.Array | None  # i32[lanes J], of which the first num_items count; None: all rows in order
+    num_items: jax.Array  # i32[lanes]
+    offsets: jax.Array  # i32[lanes + 1] tiles, exclusive sums
+
+    @classmethod
+    def in_order(cls, num_rows: int, lanes: int, skip) -> "Lists":
+        """All rows for every lane, or nothing if skip bool[], known on the device."""
+        tiles = jnp.where(skip, 0, jnp.int32(_tiles_in_order(num_rows)))
+        num_items = jnp.where(skip, 0, jnp.full(lanes, -(-num_rows // GRANULE), jnp.int32))
+        return cls(None, num_items, jnp.arange(lanes + 1, dtype=jnp.int32) * tiles)
+
+    def num_tiles(self, num_rows: int) -> int:
+        """The most tiles that a lane can have, over num_rows rows."""
+        return _tiles_in_order(num_rows) if self.items is None else -(-self.items.shape[1] // PER_TILE)
 
 
-def list_items(kept, starts, counts, chunk_items, num_rows: int):
-    """The items of every lane's kept clusters: i32[B K J], of which the first `sum(chunk_items)` of a lane count.
+def _tiles_in_order(num_rows: int) -> int:
+    return -(-(num_rows + GRANULE - 1) // TILE)  # the first row may be the last one of its granule
 
-    kept, counts i32[B K C'] and starts i32[K C'] padded by `pad_clusters`; chunk_items i32[B K chunks], items of each
-    chunk; num_rows R of a head. J = R / 8 + C' always suffices.
+
+def flat(numbers):
+    """Numbers of all rows of all planes i32[L K R] one after another, filled up to whole granules."""
+    numbers = numbers.reshape(-1)
+    missing = -numbers.size % GRANULE  # none, unless layers times heads is odd or nearly so
+    return jnp.pad(numbers, (0, missing)) if missing else numbers
+
+
+def first_granule(plane, num_rows: int):
+    """(granule, rows of it that belong to the plane before) at which a plane of num_rows rows begins.
+
+    Planes lie one behind the other, and granules are counted through all of them, since TMA places nothing else.
     """
-    B, K, padded_C = kept.shape
-    chunks = chunk_items.shape[2]
-    U = B * K
-    capacity = num_rows // GRANULE + padded_C
-    padded_chunks = -(-chunks // CHUNK) * CHUNK
-    totals = jnp.pad(chunk_items.reshape(U, chunks), ((0, 0), (0, padded_chunks - chunks)))
-    shape = (CHUNK, CHUNK)  # list positions or clusters down, clusters along
+    row = plane * num_rows
+    return lax.shift_right_logical(row, 3), row & (GRANULE - 1)
 
-    def body(kept_gm, starts_gm, counts_gm, totals_gm, items_gm, *, items_sm, turn_sm):
-        chunk, lane = lax.axis_index("chunk"), lax.axis_index("lane")
-        head = lax.rem(lane, jnp.int32(K))
-        here = pl.ds(CHUNK + chunk * CHUNK, CHUNK)
-        total = totals_gm[lane, chunk]
 
-        def before(block, base):
-            index = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=DOWN) + block * CHUNK
-            found = load(totals_gm.at[lane, pl.ds(block * CHUNK, CHUNK)], DOWN)
-            return base + jnp.sum(jnp.where(index < chunk, found, 0))
+def in_order_granules(tile, begin, end):
+    """In a kernel: (granules, masks) of a tile that covers some of the rows [begin, end); masks past the end are 0."""
+    granules, masks = [], []
+    for i in range(PER_TILE):
+        granule = tile * PER_TILE + i
+        low = jnp.clip(begin - granule * GRANULE, 0, GRANULE)
+        high = jnp.clip(end - granule * GRANULE, low, GRANULE)
+        one = jnp.int32(1)
+        masks.append(lax.shift_left(one, high) - lax.shift_left(one, low))
+        granules.append(jnp.minimum(granule, lax.shift_right_logical(jnp.maximum(end - 1, 0), 3)))
+    return granules, masks
 
-        @pl.when(total > 0)
-        def _():
-            base = lax.fori_loop(0, padded_chunks // CHUNK, before, jnp.int32(0))
-            down = Runs(
-                *(
-                    load(ref, DOWN)
-                    for ref in (starts_gm.at[head, here], counts_gm.at[lane, here], kept_gm.at[lane, here])
-                )
-            )
-            along = turn(down, turn_sm)
-            items_down, _ = count_items(down, along, result=DOWN)
-            items_along, granule = count_items(down, along, result=ALONG)
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
-            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-            position = plgpu.layout_cast(jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0), ALONG)
-            position, items_of, granule = (columns(x, shape) for x in (position, items_along, granule))
-            start, end = columns(along.start, shape), columns(along.start + along.count * along.kept, shape)
 
-            one = plgpu.layout_cast(jnp.full(shape, 1, jnp.int32), MATRIX)
+def listed_granules(items, num_items, tile):
+    """In a kernel: (granules, masks) of a tile of a lane's items; past the end the last one again, with masks 0."""
+    granules, masks = [], []
+    for i in range(PER_TILE):
+        at = tile * PER_TILE + i
+        item = items[jnp.clip(at, 0, jnp.maximum(num_items - 1, 0))]
+        granules.append(lax.shift_right_logical(item, 8))
+        masks.append(jnp.where(at < num_items, item & 255, 0))
+    return granules, masks
 
-            def write(block, _):
-                slot = row + block * CHUNK
-                owned = jnp.logical_and(slot >= position, slot < position + items_of)
-                of_slot = plgpu.layout_cast(jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1), DOWN)
-                first = rows(of_slot * GRANULE, shape)
-                low = jnp.clip(start - first, 0, GRANULE)
-                high = jnp.clip(end - first, 0, GRANULE)
-                bits = lax.shift_left(one, high) - lax.shift_left(one, low)
-                items_sm[...] = of_slot * 256 + plgpu.layout_cast(jnp.sum(bits, axis=1), DOWN)
 
-                def copy(i, _):
-                    items_gm[lane, base + block * CHUNK + i] = items_sm[i]
+def in_masks(row, masks):
+    """In a kernel: which rows of a tile its masks name; row i32[TILE …] counts them."""
+    mask = jnp.where(row >= 0, masks[0], 0)
+    for i in range(1, len(masks)):
+        mask = jnp.where(row >= i * GRANULE, masks[i], mask)
+    return (lax.shift_right_logical(mask, row & (GRANULE - 1)) & 1) > 0
 
-                lax.fori_loop(0, jnp.minimum(total - block * CHUNK, CHUNK), copy, None)
 
-            lax.fori_loop(0, lax.div(total + (CHUNK - 1), jnp.int32(CHUNK)), write, None)
-
-    flat = lambda x: x.reshape(U, padded_C)
-    items = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((U, capacity), jnp.int32),
-        scratch_types={
-            "items_sm": plgpu.SMEM((CHUNK,), jnp.int32),
-            "turn_sm": plgpu.SMEM((3, CHUNK), jnp.int32),
-        },
-        grid=(chunks, U),
-        grid_names=("chunk", "lane"),
-        compiler_params=compiler_params(),
-        kernel_name="list_items",
-    )(flat(kept), starts, flat(counts), totals)
-    return items.reshape(B, K, capacity)
+def gather(numbers, granules):
+    """In a kernel: i32[TILE] down the rows, numbers of the rows of a tile's 8 granules; numbers are `flat`."""
+    shape = (TILE, GRANULE)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    found = jnp.where(row < 0, 1, 0)
+    for i, granule in enumerate(granules):
+        eight = columns(load(numbers.at[pl.ds(granule * GRANULE, GRANULE)], ALONG), shape)
+        found = jnp.where(lax.shift_right_logical(row, 3) == i, eight, found)
+    return plgpu.layout_cast(jnp.sum(jnp.where(column == (row & (GRANULE - 1)), found, 0), axis=1), DOWN)
 
 
 class Runs(NamedTuple):
-    """In a kernel: the clusters of a chunk, each i32[CHUNK] in one layout."""
+    """Runs of rows, one a kept cluster: i32[lanes P], or in a kernel those of a tile, i32[TILE] in one layout."""
 
     start: jax.Array
-    count: jax.Array
-    kept: jax.Array  # 0 or 1
+    length: jax.Array  # 0: not kept
+
+
+def list_items(runs: Runs, tile_items, offsets, num_rows: int, most_runs: int) -> Lists:
+    """The items of every lane's runs.
+
+    runs i32[lanes P] over P/64 tiles, of which `offsets` i32[lanes + 1] says how many a lane has; tile_items
+    i32[lanes ≥ P/64], items of each tile; num_rows and most_runs bound the rows and runs of a lane.
+    """
+    lanes = runs.start.shape[0]
+    # Runs are disjoint: sorted, each shares at most one granule with the next. The first granule may belong to others.
+    capacity = -(-num_rows // GRANULE) + 1 + most_runs
+    num_ctas = count_ctas(2)
+    shape = (TILE, TILE)  # list positions or runs down, runs along
+
+    def body(starts_gm, lengths_gm, tile_items_gm, off_gm, items_gm, *, items_sm, turn_sm):
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+        one = plgpu.layout_cast(jnp.full(shape, 1, jnp.int32), MATRIX)
+
+        def visit(lane, first, end, carry):
+            def add(block, base):
+                for i in range(AT_ONCE):
+                    begin = (block * AT_ONCE + i) * TILE
+                    index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=DOWN) + begin
+                    found = load(tile_items_gm.at[lane, pl.ds(begin, TILE)], DOWN)
+                    base = base + jnp.sum(jnp.where(index < first, found, 0))
+                return base
+
+            blocks = lax.div(first + (AT_ONCE * TILE - 1), jnp.int32(AT_ONCE * TILE))
+            base = lax.fori_loop(0, blocks, add, jnp.int32(0))
+            lax.fori_loop(first, end, functools.partial(list_tile, lane), base)
+            return carry
+
+        def list_tile(lane, tile, base):
+            total = tile_items_gm[lane, tile]
+            here = pl.ds(tile * TILE, TILE)
+
+            @pl.when(total > 0)
+            def _():
+                down = Runs(load(starts_gm.at[lane, here], DOWN), load(lengths_gm.at[lane, here], DOWN))
+                along = turn(down, turn_sm)
+                items_down, _ = count_items(down, along, result=DOWN)
+                items_along, granule = count_items(down, along, result=ALONG)
+                position = jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0)
+                position = columns(plgpu.layout_cast(position, ALONG), shape)
+                items_of, granule = columns(items_along, shape), columns(granule, shape)
+                start, stop = columns(along.start, shape), columns(along.start + along.length, shape)
+
+                def write(block, _):
+                    slot = row + block * TILE
+                    owned = jnp.logical_and(slot >= position, slot < position + items_of)
+                    of_slot = plgpu.layout_cast(jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1), DOWN)
+                    first = rows(of_slot * GRANULE, shape)
+                    low, high = (jnp.clip(edge - first, 0, GRANULE) for edge in (start, stop))
+                    bits = lax.shift_left(one, high) - lax.shift_left(one, low)
+                    items_sm[...] = of_slot * 256 + plgpu.layout_cast(jnp.sum(bits, axis=1), DOWN)
+
+                    def copy(i, _):
+                        items_gm[lane, base + block * TILE + i] = items_sm[i]
+
+                    lax.fori_loop(0, jnp.minimum(total - block * TILE, TILE), copy, None)
+
+                lax.fori_loop(0, lax.div(total + (TILE - 1), jnp.int32(TILE)), write, None)
+
+            return base + total
+
+        Shares(off_gm, lanes, num_ctas).visit(lax.axis_index("cta"), visit)
+
+    items = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((lanes, capacity), jnp.int32),
+        scratch_types={
+            "items_sm": plgpu.SMEM((TILE,), jnp.int32),
+            "turn_sm": plgpu.SMEM((len(runs), TILE), jnp.int32),
+        },
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        compiler_params=compiler_params(),
+        kernel_name="list_items",
+    )(*runs, tile_items, offsets)
+    # Tiles that a lane does not have were never written.
+    has = jnp.arange(tile_items.shape[1])[None, :] < jnp.diff(offsets)[:, None]
+    num_items = jnp.sum(jnp.where(has, tile_items, 0), axis=1, dtype=jnp.int32)
+    return Lists(items, num_items, offsets_of((num_items + (PER_TILE - 1)) // PER_TILE))
 
 
 def turn(runs: Runs, scratch) -> Runs:
-    """In a kernel: the same clusters along a matrix's columns instead of down its rows; scratch i32[3 CHUNK] in SMEM.
+    """In a kernel: the same runs along a matrix's columns instead of down its rows; scratch i32[2 TILE] in SMEM.
 
     Reading GPU memory in both layouts instead fails to compile: the two reads become one.
     """
@@ -124,22 +221,22 @@ def turn(runs: Runs, scratch) -> Runs:
 
 
 def count_items(down: Runs, along: Runs, *, result):
-    """In a kernel: how many items each cluster adds, and the granule of its first one, both i32[CHUNK].
+    """In a kernel: how many items each run adds, and the granule of its first one, both i32[TILE].
 
-    `result` is the layout wanted, DOWN or ALONG. A kept cluster adds the granules that it touches, but for the first
-    if an earlier kept one ends there.
+    `result` is the layout wanted, DOWN or ALONG. A run adds the granules that it touches, but for the first if an
+    earlier run of the tile ends there.
     """
-    shape = (CHUNK, CHUNK)
+    shape = (TILE, TILE)
     if result is DOWN:
         own, other, spread, spread_other, axis = down, along, rows, columns, 1
     else:
         own, other, spread, spread_other, axis = along, down, columns, rows, 0
     granule = lambda row: lax.shift_right_logical(row, 3)
-    first, last = granule(own.start), granule(own.start + jnp.maximum(own.count, 1) - 1)
-    other_last = granule(other.start + jnp.maximum(other.count, 1) - 1)
-    # Clusters of no key have no last granule; they are never kept.
+    kept = jnp.minimum(own.length, 1)
+    first, last = granule(own.start), granule(own.start + jnp.maximum(own.length, 1) - 1)
+    other_last = granule(other.start + jnp.maximum(other.length, 1) - 1)
     earlier = spread_other(other.start, shape) < spread(own.start, shape)
     meets = spread_other(other_last, shape) == spread(first, shape)
-    meeting = jnp.where(jnp.logical_and(earlier, meets), spread_other(other.kept, shape), 0)
+    meeting = jnp.where(jnp.logical_and(earlier, meets), spread_other(jnp.minimum(other.length, 1), shape), 0)
     shared = jnp.minimum(plgpu.layout_cast(jnp.sum(meeting, axis=axis), result), 1)
-    return own.kept * (last - first + 1 - shared), first + shared
+    return kept * (last - first + 1 - shared), first + shared

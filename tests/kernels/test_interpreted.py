@@ -1,4 +1,4 @@
-"""Every check of `interpreted.py`, each in a process of its own: a kernel that hangs ends with its timeout."""
+"""Every check of the programs `interpreted_*.py`, each in a process of its own: a kernel that hangs ends by timeout."""
 
 import os
 import pathlib
@@ -12,27 +12,21 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 HERE = pathlib.Path(__file__).parent
-CHECKS = (
-    "attention_of_head_sizes",
-    "attention_of_groups",
-    "attention_of_uneven_lanes",
-    "attention_of_extremes",
-    "attention_of_layers",
-    "attention_dense",
-    "selection",
-    "selection_of_many_clusters",
-    "attend_flat",
-    "attend_hierarchical",
-    "attend_of_equal_keys",
-    "inactive_users",
-    "drawn",
-)
+CHECKS = {
+    "interpreted_attention": (
+        "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "drawn",
+    ),
+    "interpreted_selection": ("flat", "two_levels", "three_levels", "no_survivor", "many_clusters", "drawn"),
+    "interpreted_step": (
+        "attend_flat", "attend_hierarchical", "equal_keys", "padded_in_the_middle", "self_checked",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_interpreted(check):
+@pytest.mark.parametrize(("program", "check"), [(program, check) for program in CHECKS for check in CHECKS[program]])
+def test_interpreted(program, check):
     run = subprocess.run(
-        [sys.executable, HERE / "interpreted.py", check],
+        [sys.executable, HERE / f"{program}.py", check],
         env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,0 +1,143 @@
+"""Which scored clusters a decode query keeps, for Hopper: normalised, averaged over the group, compared with log T.
+
+The order of operations is `reference.log_mean_scores`': maximum and log of the sum are subtracted one after the other,
+so equal scores stay bit-equal, and logarithms are exact, as in calibration.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from squeezejax.pallas_kernels.centroid_scores import Scores
+from squeezejax.pallas_kernels.mosaic import (
+    ALONG,
+    DOWN,
+    MASKED,
+    MATRIX,
+    TILE,
+    columns,
+    compiler_params,
+    count_ctas,
+    full,
+    load,
+    rows,
+)
+from squeezejax.pallas_kernels.shares import Shares
+from squeezejax.pallas_kernels.work_list import (
+    AT_ONCE,
+    Lists,
+    Runs,
+    count_items,
+    first_granule,
+    flat,
+    gather,
+    in_order_granules,
+    listed_granules,
+    turn,
+)
+
+
+class Kept(NamedTuple):
+    """What the kept clusters of one level lead to, tile by tile; tiles that a lane does not have were never written."""
+
+    runs: Runs  # i32[lanes P]
+    tile_items: jax.Array  # i32[lanes tiles'], entries of a work list that a tile's runs make
+    tile_rows: jax.Array  # i32[lanes tiles'], sum of the runs' lengths
+
+
+def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log_T, layer, group: int) -> Kept:
+    """Keeps the clusters whose log A exceeds log_T f32[B], of the lane's user, strictly (spec.md, Online 5).
+
+    lists are those of the lanes; starts, lengths i32[L K C] say which run of the next level, or of the cache, a
+    cluster is, of `below` rows a head; layer i32[]; group is G. Starts of the runs found count from the beginning of
+    the head's first granule there (`first_granule`).
+    """
+    lanes, P, M = scores.dots.shape
+    _, K, C = starts.shape
+    stats_tiles = scores.stats.shape[2]
+    in_order = lists.items is None
+    num_ctas = count_ctas(4)
+    shape = (TILE, M)
+
+    def body(dots_gm, stats_gm, starts_gm, lengths_gm, log_T_gm, num_items_gm, off_gm, layer_gm, *refs, turn_sm):
+        *items_gm, run_starts_gm, run_lengths_gm, tile_items_gm, tile_rows_gm = refs
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+
+        def combine(lane, num_tiles):
+            """max of dots and log Σ n·exp(dots − max) over all tiles of a lane, f32[M] both."""
+
+            def add(block, state):
+                top, total = state
+                begins = [(block * AT_ONCE + i) * TILE for i in range(AT_ONCE)]
+                has = [row + begin < num_tiles for begin in begins]
+                read = lambda which, begin: load(stats_gm.at[lane, which, pl.ds(begin, TILE)], MATRIX)
+                tops = [jnp.where(h, read(0, begin), MASKED) for h, begin in zip(has, begins, strict=True)]
+                totals = [jnp.where(h, read(1, begin), 0.0) for h, begin in zip(has, begins, strict=True)]
+                new_top = top
+                for found in tops:
+                    new_top = jnp.maximum(new_top, plgpu.layout_cast(jnp.max(found, axis=0), ALONG))
+                total = total * jnp.exp(top - new_top)
+                for found, weight in zip(tops, totals, strict=True):
+                    part = jnp.sum(weight * jnp.exp(found - columns(new_top, shape)), axis=0)
+                    total = total + plgpu.layout_cast(part, ALONG)
+                return new_top, total
+
+            blocks = lax.div(num_tiles + (AT_ONCE * TILE - 1), jnp.int32(AT_ONCE * TILE))
+            top, total = lax.fori_loop(0, blocks, add, (full((M,), MASKED, ALONG), full((M,), 0.0, ALONG)))
+            return top, jnp.log(jnp.maximum(total, 1.0))  # ≥ 1 wherever a cluster is alive: its maximum adds n ≥ 1
+
+        def visit(lane, first, end, carry):
+            plane = layer_gm[0] * K + lax.rem(lane, jnp.int32(K))
+            base, before = first_granule(plane, C)
+            before_below = first_granule(plane, below)[1]
+            threshold = log_T_gm[lax.div(lane, jnp.int32(K))]
+            top, log_total = combine(lane, off_gm[lane + 1] - off_gm[lane])
+
+            def mark(tile, _):
+                here = pl.ds(tile * TILE, TILE)
+                if in_order:
+                    granules, _masks = in_order_granules(tile, before, before + C)
+                else:
+                    granules, _masks = listed_granules(items_gm[0].at[lane], num_items_gm[lane], tile)
+                start, length = (gather(ref, [base + g for g in granules]) for ref in (starts_gm, lengths_gm))
+                dots = load(dots_gm.at[lane, here], MATRIX)
+                alive = plgpu.layout_cast(jnp.max(dots, axis=1), DOWN) > MASKED / 2
+                log_scores = (dots - columns(top, shape)) - columns(log_total, shape)
+                log_scores = jnp.where(column < group, log_scores, MASKED)
+                best = plgpu.layout_cast(jnp.max(log_scores, axis=1), DOWN)
+                shares = jnp.where(column < group, jnp.exp(log_scores - rows(best, shape)), 0.0)
+                mean = plgpu.layout_cast(jnp.sum(shares, axis=1), DOWN) / group
+                kept = jnp.logical_and(best + jnp.log(mean) > threshold, alive)
+                runs = Runs(start + before_below, jnp.where(kept, length, 0))
+                run_starts_gm[lane, here] = runs.start
+                run_lengths_gm[lane, here] = runs.length
+                items_added, _ = count_items(runs, turn(runs, turn_sm), result=DOWN)
+                tile_items_gm[lane, tile] = jnp.sum(items_added)
+                tile_rows_gm[lane, tile] = jnp.sum(runs.length)
+
+            lax.fori_loop(first, end, mark, None)
+            return carry
+
+        Shares(off_gm, lanes, num_ctas).visit(lax.axis_index("cta"), visit)
+
+    by_position = jax.ShapeDtypeStruct((lanes, P), jnp.int32)
+    by_tile = jax.ShapeDtypeStruct((lanes, stats_tiles), jnp.int32)
+    operands = (
+        *scores, flat(starts), flat(lengths), log_T, lists.num_items, lists.offsets,
+        jnp.reshape(layer, 1), *([] if in_order else [lists.items]),
+    )  # fmt: skip
+    *runs, tile_items, tile_rows = plgpu.kernel(
+        body,
+        out_type=[by_position, by_position, by_tile, by_tile],
+        scratch_types={"turn_sm": plgpu.SMEM((len(Runs._fields), TILE), jnp.int32)},
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        compiler_params=compiler_params(approx_math=False),
+        kernel_name="keep_clusters",
+    )(*operands)
+    return Kept(Runs(*runs), tile_items, tile_rows)

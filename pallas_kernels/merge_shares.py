@@ -1,0 +1,63 @@
+"""Merging the parts of an attention whose work was split over CTAs (`shares`), for Hopper: one CTA a lane."""
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from squeezejax.pallas_kernels.mosaic import ALONG, MASKED, MATRIX, columns, compiler_params, full, load
+from squeezejax.pallas_kernels.shares import Shares
+
+LN2 = math.log(2)
+AT_ONCE = 4  # parts read together, so that their latencies overlap
+
+
+def merge(outs, stats, offsets, num_ctas: int):
+    """Each lane's parts into one result: (out f32[lanes H M], lse f32[lanes M]); a lane without work: 0 and MASKED.
+
+    outs f32[slots H M], sums of values weighted by exp2(score − max); stats f32[slots 2 M], that max and the sum of
+    weights; the part of CTA c of lane u lies in slot c + u. offsets i32[lanes + 1], as the work was split.
+    """
+    _, H, M = outs.shape
+    lanes = offsets.shape[0] - 1
+
+    def body(outs_gm, stats_gm, off_gm, out_gm, lse_gm):
+        lane = lax.axis_index("lane")
+        first, end = Shares(off_gm, lanes, num_ctas).owners(lane)
+
+        def step(block, state):
+            top, total, out = state
+            ctas = [first + block * AT_ONCE + i for i in range(AT_ONCE)]
+            slots = [jnp.minimum(cta, end - 1) + lane for cta in ctas]
+            past_end = [jnp.where(cta < end, 0.0, MASKED) for cta in ctas]
+            tops = [load(stats_gm.at[slot, 0], ALONG) + mask for slot, mask in zip(slots, past_end, strict=True)]
+            totals = [load(stats_gm.at[slot, 1], ALONG) for slot in slots]
+            parts = [load(outs_gm.at[slot], MATRIX) for slot in slots]
+            new_top = functools.reduce(jnp.maximum, tops, top)
+            keep = jnp.exp2(top - new_top)
+            weights = [jnp.exp2(part_top - new_top) for part_top in tops]
+            total = total * keep + sum(weight * part for weight, part in zip(weights, totals, strict=True))
+            out = out * columns(keep, out.shape)
+            for weight, part in zip(weights, parts, strict=True):
+                out = out + part * columns(weight, part.shape)
+            return new_top, total, out
+
+        # Parts' maxima are at least −1e20 (`sparse_decode.FLOOR`), so that those past the end weigh nothing.
+        nothing = (full((M,), -1e20, ALONG), full((M,), 0.0, ALONG), full((H, M), 0.0, MATRIX))
+        blocks = lax.div(end - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
+        top, total, out = lax.fori_loop(0, blocks, step, nothing)
+        safe = jnp.maximum(total, 1e-30)
+        out_gm[lane] = out / columns(safe, out.shape)
+        lse_gm[lane] = jnp.where(total > 0, top * LN2 + jnp.log(safe), MASKED)
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct((lanes, H, M), jnp.float32), jax.ShapeDtypeStruct((lanes, M), jnp.float32)],
+        grid=(lanes,),
+        grid_names=("lane",),
+        compiler_params=compiler_params(),
+        kernel_name="merge_shares",
+    )(outs, stats, offsets)

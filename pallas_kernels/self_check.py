@@ -1,0 +1,84 @@
+"""Whether the decode kernels compute the right thing on this machine: one small step, twice, against float64.
+
+A kernel that hangs cannot be caught here; everything else that a new machine or a new compiler may do wrong can.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.pallas_kernels import decode, reference_decode
+
+CLUSTERS, CHILDREN, MEMBERS = 24, 5, 11  # coarse clusters, children of each, keys of each child
+OUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 2e-3
+
+
+def decode_step(head_dim: int, group: int, dtype: str):
+    """Raises ArithmeticError unless a step over a random two-level tree comes out right, and twice the same."""
+    rng = np.random.default_rng(0)
+    K, H, C = 2, head_dim, CLUSTERS * CHILDREN
+    S = C * MEMBERS
+    random = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    coarse = types.SimpleNamespace(
+        centroids=random(1, K, CLUSTERS, H), **_runs(K, CLUSTERS, CHILDREN * MEMBERS, ("starts", "counts")),
+        **_runs(K, CLUSTERS, CHILDREN, ("child_starts", "child_counts")),
+    )  # fmt: skip
+    fine = types.SimpleNamespace(
+        centroids=random(1, K, C, H), **_runs(K, C, MEMBERS, ("starts", "counts")), child_starts=None, child_counts=None
+    )
+    q = jnp.asarray(2 * random(1, K, group, H), dtype)
+    keys, values = (jnp.asarray(random(1, K, -(-S // 8) * 8, H), dtype) for _ in range(2))
+    window, own = (jnp.asarray(random(*shape), dtype) for shape in ((1, K, 20, H), (1, 9, K, H)))
+    cache = decode.Cache(keys, values, S, window, window, own, own, jnp.full(1, 7, jnp.int32))
+    log_T, found = _thresholds(np.asarray(q, np.float64), coarse, fine)
+
+    @jax.jit
+    def step(q, cache):
+        levels = (coarse, fine)
+        return decode.attend_kept(q, cache, levels, jnp.ones(1, bool), jnp.int32(0), jnp.asarray(log_T, jnp.float32))
+
+    first, second = (jax.device_get(step(q, cache._replace(num_keys=S))) for _ in range(2))
+    _require(all(map(np.array_equal, first, second)), "two runs differ")
+    out, lse, kept = first
+    for k in range(K):
+        rows = reference_decode.kept_rows(found[k], fine.starts[0, k], fine.counts[0, k])
+        _require(int(kept[0, k]) == rows.size, f"{kept[0, k]} keys kept instead of {rows.size}")
+        used = [
+            np.concatenate([np.asarray(x, np.float64) for x in (fixed[0, k][rows], window[0, k], own[0, :7, k])])
+            for fixed in (keys, values)
+        ]
+        want, want_lse = reference_decode.attend_rows(np.asarray(q[0, k], np.float64), *used)
+        _require(np.abs(out[0, k] - want).max() < OUT_TOLERANCE, "outputs are wrong")
+        _require(np.abs(lse[0, k] - want_lse).max() < LSE_TOLERANCE, "log-sum-exps are wrong")
+
+
+def _runs(K: int, C: int, length: int, names) -> dict:
+    starts = np.broadcast_to(np.arange(C, dtype=np.int32) * length, (1, K, C))
+    return dict(zip(names, (starts, np.full((1, K, C), length, np.int32)), strict=True))
+
+
+def _thresholds(q, coarse, fine):
+    """(log T, kept bool[K C]): half of the coarse clusters, half of their children, in the widest gaps near by."""
+    log_T, K = [], q.shape[1]
+    for depth in range(2):
+        heads = [
+            [
+                types.SimpleNamespace(**{name: None if x is None else x[0, k] for name, x in vars(level).items()})
+                for level in (coarse, fine)[: depth + 1]
+            ]
+            for k in range(K)
+        ]
+        scores = [reference_decode.descend(q[0, k], heads[k], [*log_T, 0.0])[-1][0] for k in range(K)]
+        flat = np.sort(np.concatenate(scores))
+        flat = flat[np.isfinite(flat)]
+        middle = len(flat) // 2
+        at = middle + int(np.argmax(np.diff(flat[middle : middle + 6])))
+        log_T.append(float(flat[at : at + 2].mean()))
+    return log_T, np.array([score > log_T[-1] for score in scores])
+
+
+def _require(condition, message: str):
+    if not condition:
+        raise ArithmeticError(message)

@@ -1,0 +1,88 @@
+"""Splitting lists of very different lengths evenly over the CTAs of a kernel, on the device, with no host to ask.
+
+A *lane* is a user and a key/value head, and every lane has a list of tiles of work. Their lengths are known on the
+device only, as `offsets` i32[lanes + 1], exclusive sums. The lists, joined end to end, are cut into equal shares, one a
+CTA: a share may cover several lanes, and a lane several shares. What CTA c leaves for lane u goes to slot c + u; no two
+coincide, so no atomics are needed, and results repeat bit for bit.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """In a kernel: the split of `lanes` lists over `num_ctas` CTAs."""
+
+    offsets: object  # reference to i32[lanes + 1]
+    lanes: int
+    num_ctas: int
+
+    @property
+    def total(self):
+        """Tiles of all lanes."""
+        return self.offsets[self.lanes]
+
+    @property
+    def workers(self):
+        """CTAs with a share: all, or as many as there are tiles."""
+        return jnp.clip(self.total, 1, self.num_ctas)
+
+    def start(self, cta):
+        """First tile of a CTA's share, counted through all lanes; that of the next one is its end."""
+        workers = self.workers
+        return lax.div(jnp.minimum(cta, workers) * self.total, workers)
+
+    def owners(self, lane):
+        """[first, end) of the CTAs that work on a lane."""
+        total = jnp.maximum(self.total, 1)
+        owner = lambda tile: lax.div((tile + 1) * self.workers - 1, total)  # inverse of `start`
+        first, stop = self.offsets[lane], self.offsets[lane + 1]
+        return owner(first), jnp.where(stop > first, owner(stop - 1) + 1, owner(first))
+
+    def visit(self, cta, work):
+        """work(lane, first, end, carry) -> carry for every lane of a CTA's share, with the tiles of it to work on.
+
+        Gives the last carry, i32[]; the first is 0.
+        """
+        start, stop = self.start(cta), self.start(cta + 1)
+
+        def step(state):
+            lane, position, carry = state
+            begin = self.offsets[lane]
+            end = jnp.minimum(stop, self.offsets[lane + 1])
+            carry = lax.cond(end > position, lambda: work(lane, position - begin, end - begin, carry), lambda: carry)
+            return lane + 1, jnp.maximum(position, end), carry
+
+        return lax.while_loop(lambda state: state[1] < stop, step, (self._lane_at(start), start, jnp.int32(0)))[2]
+
+    def _lane_at(self, tile):
+        """The last lane that starts at or before a tile: the one that it lies in."""
+        if self.lanes <= 32:  # as many independent loads: one latency
+            return sum((self.offsets[u] <= tile).astype(jnp.int32) for u in range(1, self.lanes)) + jnp.int32(0)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = lax.div(low + high, jnp.int32(2))
+            inside = self.offsets[middle] <= tile
+            return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+
+        begin = (jnp.int32(0), jnp.int32(self.lanes))
+        return lax.fori_loop(0, math.ceil(math.log2(self.lanes)) + 1, halve, begin)[0]
+
+
+def offsets_of(num_tiles):
+    """i32[lanes + 1], exclusive sums of num_tiles i32[lanes]."""
+    lanes = num_tiles.shape[0]
+    # A sum of masked numbers, not cumsum: XLA makes one small kernel of it.
+    before = jnp.arange(lanes + 1)[:, None] > jnp.arange(lanes)[None, :]
+    return jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def check(most_tiles: int, num_ctas: int):
+    """Raises NotImplementedError where shares of that many tiles could overflow 32 bits."""
+    if most_tiles * (num_ctas + 1) >= 2**31:
+        raise NotImplementedError(f"the kernels cannot split {most_tiles} tiles of work over {num_ctas} CTAs")
