@@ -136,6 +136,17 @@ def to_host(x):
     return jax.tree.map(fetch, x)
 
 
+def host_layers(array):
+    """The layers of an array [L …] on the host, one after another; an array of less than three axes whole."""
+    # JAX keeps the host's copy of an array that was fetched whole for as long as the array lives.
+    return map(to_host, (array[i] for i in range(array.shape[0])) if array.ndim > 2 else [array])
+
+
+def whole_on_host(array) -> np.ndarray:
+    """`to_host`; what lies on several processes is never whole on a device, but for a layer at a time."""
+    return np.asarray(array) if getattr(array, "is_fully_addressable", True) else np.stack(list(host_layers(array)))
+
+
 def map_heads(f, keys, *args):
     """f(keys, *args) for arrays [K …] of one layer, each device with its own heads; f maps every head by itself."""
     mesh = mesh_of(keys)

@@ -7,7 +7,7 @@
 This is the safetensors layout, and any safetensors reader opens it. Every byte is under a CRC-32: that finds any one
 flipped bit, any run of damage up to 32 bits, and all but one in 4 billion of the rest, at 7 GB/s (one core of an AMD
 EPYC; SHA-256 2 GB/s). It protects from accidents, not from forgers: what a forged file can say is bounded by the
-checks of `check_shapes` and `_check_values`, so that a tree never points outside its own rows.
+checks of `check_shapes` and `check_values`, so that a tree never points outside its own rows.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from squeezejax.arguments import check_model
 from squeezejax.parts import distribute
-from squeezejax.sharding import to_host
+from squeezejax.sharding import host_layers
 from squeezejax.storage_header import (
     MOST_HEADER_BYTES,
     Header,
@@ -33,33 +34,31 @@ from squeezejax.storage_header import (
     check_shapes,
     encode,
     parse_header,
-    require,
 )
+from squeezejax.storage_values import check_values
 from squeezejax.tree import Level, Tree
 
 
 def save(path, tree: Tree, notes: dict[str, str] | None = None):
     """Writes a tree to one file; a file that was there stays whole until the new one is complete and on the disk.
 
-    `notes` are strings to keep beside the tree, for `read_header`. Arrays may be sharded over this process's devices;
-    they reach the host one layer at a time.
+    `notes` are strings to keep beside the tree, for `read_header`. Arrays may be sharded; they reach the host one layer
+    at a time. A tree on the devices of several processes is saved by all of them together: process 0 writes, and none
+    returns before the file is complete.
 
     Raises ValueError for a tree that `load` would refuse, FileNotFoundError for a directory that does not exist and
-    IsADirectoryError for a path that is one, all before anything is written; OSError when writing fails. An exception
-    removes the temporary file, a killed process leaves it behind (`.squeezejax-….tmp`, safe to delete).
+    IsADirectoryError for a path that is one, all before anything is written; OSError when writing fails, in every
+    process. An exception removes the temporary file, a killed process leaves it behind (`.squeezejax-….tmp`, safe to
+    delete).
     """
     path = _writable(path)
     leaves = _named_leaves(tree)
     header = _describe(tree, leaves, notes or {})
-    size = len(encode(header))
-    with replacing(path) as file:
-        file.seek(size)  # checksums come first in the file and are known last; their digits have a fixed number
-        tensors = {
-            name: dataclasses.replace(tensor, crc32=_write(file, leaves[name]))
-            for name, tensor in header.tensors.items()
-        }
-        file.seek(0)
-        file.write(encode(dataclasses.replace(header, tensors=tensors)))
+    pieces = ((name, piece) for name in header.tensors for piece in host_layers(leaves[name]))
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
+        _write(path, header, pieces)
+    else:
+        _write_together(path, header, pieces)
 
 
 def load(path, params=None, *, mesh=None) -> Tree:
@@ -89,7 +88,7 @@ def load(path, params=None, *, mesh=None) -> Tree:
             # On one device, done with the map before the next one.
             leaves[name] = rows if mesh is not None else jax.block_until_ready(jax.device_put(rows))
         try:
-            _check_values(leaves, header.num_keys, header.parts)
+            check_values(leaves, header.num_keys, header.parts)
         except ValueError as error:
             raise TreeFileError(f"is not a valid squeezejax tree: {error}") from error
         tree = _assemble(header, leaves)
@@ -140,7 +139,7 @@ def _describe(tree: Tree, leaves: dict, notes: dict) -> Header:
     }
     try:
         check_shapes(tensors, tree.config, tree.num_keys)
-        _check_values(leaves, tree.num_keys, tree.parts)
+        check_values(leaves, tree.num_keys, tree.parts)
     except ValueError as error:
         raise ValueError(f"cannot save this tree: {error}") from error
     header = Header(
@@ -157,16 +156,36 @@ def _describe(tree: Tree, leaves: dict, notes: dict) -> Header:
     return header
 
 
-def _write(file, leaf) -> int:
-    """Appends an array to the file and returns its checksum."""
-    # A layer at a time: JAX keeps the host's copy of an array that was fetched whole for as long as the array lives.
-    parts = (leaf[i] for i in range(leaf.shape[0])) if leaf.ndim > 2 else [leaf]
-    checksum = 0
-    for part in parts:
-        data = np.ascontiguousarray(to_host(part)).reshape(-1).view(np.uint8)
-        checksum = zlib.crc32(data, checksum)
-        file.write(data)
-    return checksum
+def _write(path: str, header: Header, pieces):
+    """The file of a header without checksums and of its tensors, given as (name, array) piece by piece."""
+    checksums = dict.fromkeys(header.tensors, 0)
+    with replacing(path) as file:
+        # Checksums come first in the file and are known last; their digits have a fixed number.
+        file.seek(len(encode(header)))
+        for name, piece in pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            checksums[name] = zlib.crc32(data, checksums[name])
+            file.write(data)
+        tensors = {name: dataclasses.replace(header.tensors[name], crc32=crc32) for name, crc32 in checksums.items()}
+        file.seek(0)
+        file.write(encode(dataclasses.replace(header, tensors=tensors)))
+
+
+def _write_together(path: str, header: Header, pieces):
+    """`_write` by process 0, to which all processes hand over their shares of each piece."""
+    failure = None
+    try:
+        if jax.process_index() == 0:
+            _write(path, header, pieces)
+    except OSError as error:
+        failure = error
+    for _ in pieces:  # also after a failure: the other processes are waiting to hand over theirs
+        pass
+    failures = multihost_utils.process_allgather(np.array(failure is not None))
+    if failure is not None:
+        raise failure
+    if failures.any():
+        raise OSError(f"the tree was not saved to {path}: process 0 could not write it, and its own error says why")
 
 
 @contextlib.contextmanager
@@ -251,70 +270,3 @@ def _assemble(header: Header, leaves: dict) -> Tree:
         context_hash=digest,
         parts=header.parts,
     )
-
-
-# ---- What a tree must be, when it is saved and when it is loaded
-
-
-def _check_values(leaves: dict, num_keys: int, parts: int):
-    """Raises ValueError unless indices stay in range and clusters are disjoint runs that hold every key once.
-
-    Attention gathers rows without checks of its own. Keys and values are not looked at.
-    """
-    small = to_host({name: leaf for name, leaf in leaves.items() if "keys" not in name and "values" not in name})
-    order = small["order"]
-    above = 1
-    for i in range(sum(name.endswith(".counts") for name in small)):
-        starts, counts, parents = (small[f"levels.{i}.{name}"] for name in ("starts", "counts", "parents"))
-        ends = starts.astype(np.int64) + counts
-        require(starts.min() >= 0 and counts.min() >= 0 and ends.max() <= order.shape[2], f"level {i} leaves its rows")
-        require((counts.sum(axis=2, dtype=np.int64) == num_keys).all(), f"level {i} does not hold {num_keys} keys")
-        require(parents.min() >= 0 and parents.max() < above, f"level {i} has parents that do not exist")
-        require(np.isfinite(small[f"levels.{i}.centroids"]).all(), f"level {i} has centroids that are not finite")
-        if parts > 1:
-            _check_parts(parts, (starts, counts, parents if i else None), (order.shape[2], above), i)
-        if i:
-            _check_children(small[f"levels.{i - 1}.child_starts"], small[f"levels.{i - 1}.child_counts"], parents, i)
-        above = counts.shape[2]
-    for layer in range(order.shape[0]):  # now starts and counts are those of the finest level
-        _check_runs(order[layer], starts[layer], counts[layer], num_keys)
-    if "thresholds" in small:
-        grid = small["sparsities"]
-        require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
-        require(not np.isnan(small["thresholds"]).any(), "its thresholds are not numbers")
-
-
-def _check_parts(parts: int, level, sizes, i: int):
-    """Level i's starts, counts, parents i32[L K C] must stay in their part; sizes: rows and clusters of level above."""
-    (starts, counts, parents), (num_rows, above) = level, sizes
-    C = counts.shape[2]
-    require(C % parts == 0 == num_rows % parts, f"its {parts} parts are not of one size")
-    part = np.arange(C) // (C // parts)
-    inside = lambda numbers, size: (numbers // (size // parts) == part).all()
-    last = starts.astype(np.int64) + np.maximum(counts, 1) - 1
-    require(inside(starts, num_rows) and inside(last, num_rows), f"level {i} has rows in other parts")
-    require(parents is None or inside(parents, above), f"level {i} has parents in other parts")
-
-
-def _check_children(starts, counts, parents, i: int):
-    """Level i's parents i32[L K C] and the runs of children i32[L K C_above] above must say the same."""
-    require(starts.min() >= 0 and counts.min() >= 0, f"level {i - 1} has negative runs of children")
-    first = np.take_along_axis(starts.astype(np.int64), parents, axis=2)
-    end = first + np.take_along_axis(counts, parents, axis=2)
-    child = np.arange(parents.shape[2])
-    agree = ((first <= child) & (child < end)).all() and (counts.sum(axis=2, dtype=np.int64) == len(child)).all()
-    require(agree, f"level {i - 1} does not hold the children that name it")
-
-
-def _check_runs(order, starts, counts, num_keys: int):
-    """For one layer, order i32[K R] and the finest level's starts, counts i32[K C]: every key has one row, one run."""
-    require(order.min() >= -1 and order.max() < num_keys, "its order names keys that do not exist")
-    heads = np.arange(order.shape[0])[:, None]
-    seen = np.zeros((order.shape[0], num_keys + 1), bool)
-    seen[heads, order] = True  # padding, −1, marks the extra column
-    edges = np.zeros((order.shape[0], order.shape[1] + 1), np.int32)
-    live = (counts > 0).astype(np.int32)
-    np.add.at(edges, (heads, starts), live)
-    np.add.at(edges, (heads, starts + counts), -live)
-    require(seen[:, :num_keys].all() and (np.sum(order >= 0, axis=1) == num_keys).all(), "its order repeats a key")
-    require((np.cumsum(edges, axis=1)[:, :-1] == (order >= 0)).all(), "its clusters overlap or miss rows")

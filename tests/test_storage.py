@@ -428,7 +428,7 @@ def test_values_out_of_range_are_neither_saved_nor_loaded(tmp_path, tree, monkey
         save(tmp_path / "a", broken)
     assert not os.listdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_check_values", lambda *_: None)
+        patch.setattr(storage, "check_values", lambda *_: None)
         save(tmp_path / "a", broken)
     assert "not a valid squeezejax tree" in refusal(tmp_path / "a")
 
@@ -545,7 +545,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, tree, saved, monkeypatch, whe
     if where == "write":  # the operating system itself refuses, in the middle of the tensors
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) - 1000, hard))
     else:
-        names = {"fsync": (os, "fsync"), "replace": (os, "replace"), "interrupt": (storage, "_write")}
+        names = {"fsync": (os, "fsync"), "replace": (os, "replace"), "interrupt": (storage, "host_layers")}
         monkeypatch.setattr(*names[where], fail)
     try:
         with pytest.raises(KeyboardInterrupt if where == "interrupt" else OSError):
@@ -570,15 +570,15 @@ mesh = Mesh(jax.devices(), "model")
 spread = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(None, "model") if leaf.ndim > 2 else P()))
 squeezejax.save(copy, jax.tree.map(spread, tree), {"model": "a/b"})
 
-write, calls = storage._write, []
-def write_a_little(file, leaf):
-    calls.append(write(file, leaf))
-    if len(calls) == 3:
-        file.flush()
-        print("writing", flush=True)
-        time.sleep(600)
-    return calls[-1]
-storage._write = write_a_little
+layers, calls = storage.host_layers, []
+def slowly(leaf):
+    for layer in layers(leaf):
+        calls.append(layer)
+        if len(calls) == 5:
+            print("writing", flush=True)
+            time.sleep(600)
+        yield layer
+storage.host_layers = slowly
 squeezejax.save(path, tree)
 """
 
