@@ -28,11 +28,11 @@ def test_samples_repeat_by_seed_and_keep_to_their_length(encoder, task):
     assert sample.context != tasks.make_sample(task, 4, 700).context
     assert sample.context != tasks.make_sample(task, 3, 700, split="train").context
     assert len(sample.questions) == 8
-    assert 600 < len(encoder.ids(sample.context)) <= 701  # the first word has no space before it: maybe two tokens
+    assert 540 < len(encoder.ids(sample.context)) <= 701  # the first word has no space before it: maybe two tokens
     assert len({question.text for question in sample.questions}) == 8
     # Another tokenizer, another length of text: the same number of its tokens.
     by_letters = tasks.make_sample(task, 3, 2400, count_tokens=len)
-    assert 1900 < len(by_letters.context) <= 2400
+    assert 1400 < len(by_letters.context) <= 2400
 
 
 @pytest.mark.parametrize("task", ["single", "multi_key", "facts"])
@@ -81,14 +81,14 @@ def test_variables_follow_a_chain_to_its_value():
         assert stated[at] in text.ANSWERS
 
 
-def test_common_words_are_three_times_as_common():
+def test_common_words_are_ten_times_as_common():
     sample = tasks.make_sample("common_words", 1, 900)
     words = sample.context.split()
     for question in sample.questions:
         of_class = tasks.CLASSES[question.text.split()[1]]
         (word, most), (_, next_most) = collections.Counter(w for w in words if w in of_class).most_common(2)
         assert parts(question) == [word]
-        assert most == tasks.COMMON * next_most
+        assert most == 10 * next_most
 
 
 def test_frequent_words_are_what_a_person_wrote_most():

@@ -41,7 +41,7 @@ CLASSES = {  # of common_words: how a question calls them, and their words
     "number": text.SLOTS["number"],
 }
 WORDS_OF_A_CLASS = 8
-COMMON = 3  # how many times as often as the other words of its class the common one occurs
+COMMON = 10  # how many times as often as the other words of its class the common one occurs (RULER: 30 and 3)
 WORDS_OF_A_PERSON = 6
 ZIPF = 2.0  # the word of rank r occurs in proportion to r^−ZIPF (RULER's default)
 
