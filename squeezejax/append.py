@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from squeezejax.arguments import check_context, check_model
 from squeezejax.progress import Progress, Reporter
+from squeezejax.shape import shape_of
 from squeezejax.squeeze import (
     FALLBACK_QUERIES,
     cluster_layer,
@@ -26,13 +27,21 @@ from squeezejax.squeeze import (
 from squeezejax.tree import Level, Tree, check_context_length, padding_rows
 
 
-def append(params, tree: Tree, tokens, *, key=None, progress: Callable[[Progress], None] | bool | None = None) -> Tree:
+def append(
+    params,
+    tree: Tree,
+    tokens,
+    *,
+    key=None,
+    progress: Callable[[Progress], None] | bool | None = None,
+    implementation: str | None = None,
+) -> Tree:
     """The tree of a longer fixed context: that of `tree`, followed by `tokens` i32[T].
 
     The old observation window is clustered with the new keys, as the configuration of `tree` says, and the last W
     tokens are the new window; its queries calibrate, or those of all new tokens where these are fewer. The old clusters
-    stay as they are. `key` and `progress` are as for `squeeze`. `context_hash` becomes the SHA-256 of the old hash and
-    the new token ids, since the old ids are not in the tree. While it runs, both trees are in memory.
+    stay as they are. `key`, `progress` and `implementation` are as for `squeeze`. `context_hash` becomes the SHA-256 of
+    the old hash and the new token ids, since the old ids are not in the tree. While it runs, both trees are in memory.
 
     Raises ValueError for a tree of another model, token ids out of range, no tokens, and keys that are not finite.
     """
@@ -41,6 +50,8 @@ def append(params, tree: Tree, tokens, *, key=None, progress: Callable[[Progress
     length, config, L = tokens.shape[1], tree.config, tree.num_layers
     clustered = tree.window_keys.shape[2] + length
     check_context_length(clustered, config)
+    shape = shape_of(config, clustered - config.observation_window, tree.keys.dtype, tree.num_keys)
+    first_row = 0 if shape is None else shape.first_row
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = min(config.observation_window or FALLBACK_QUERIES, length)
     report = Reporter(L, layer_work(params.config, length, config, tree), progress)
@@ -54,7 +65,7 @@ def append(params, tree: Tree, tokens, *, key=None, progress: Callable[[Progress
                 jnp.concatenate([old[i], new], axis=1)
                 for old, new in ((tree.window_keys, keys), (tree.window_values, values))
             )
-            part = cluster_layer(keys, values, config, seeds[i], i)
+            part = cluster_layer(keys, values, i, config, seeds[i], implementation, first_row)
             layer = jax.block_until_ready(_join(tree, i, part))
             del keys, values, part
         grown = write_layer(grown, layer, i, L)

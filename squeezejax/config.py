@@ -20,31 +20,37 @@ class SqueezeConfig:
     query_block: int | None = 128  # user tokens that share one selection in prefill; None = all of them
     kmeans_iterations: int = 7  # Lloyd steps, those between swaps counted
     kmeans_tolerance: float = 0.0  # relative gain in inertia below which Lloyd steps stop early
+    kmeans_swap_rounds: int = 5  # how many of the Lloyd steps, the first ones, are followed by swaps
+    # Finest clusters end at multiples of so many rows, which kernels fetch together. None = 8 for 16-bit keys, which
+    # kernels read, where clusters have 16 keys or more on average; else 1, any size.
+    cluster_granule: int | None = None
+    cluster_cap: float | None = None  # the largest finest cluster, as a multiple of the mean size; None = any
 
     def __post_init__(self):
         # Lists come from JSON headers and command lines; a tuple keeps the config hashable.
         object.__setattr__(self, "cluster_fractions", tuple(float(f) for f in self.cluster_fractions))
         fractions = self.cluster_fractions
-        for name in ("observation_window", "query_block", "kmeans_iterations"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) and not (name == "query_block" and value is None):
+        least = {"observation_window": 0, "query_block": 1, "kmeans_iterations": 0, "kmeans_swap_rounds": 0}
+        for name, smallest in (least | {"cluster_granule": 1}).items():
+            value, optional = getattr(self, name), name in ("query_block", "cluster_granule")
+            if value is None and optional:
+                continue
+            if not isinstance(value, numbers.Integral):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < smallest:
+                raise ValueError(f"{name} must be at least {smallest}{' or None' if optional else ''}, got {value}")
         if not fractions or not all(0 < f <= 1 for f in fractions):
             raise ValueError(f"cluster_fractions must be fractions in (0, 1], coarse → fine, got {fractions}")
         if any(coarse >= fine for coarse, fine in itertools.pairwise(fractions)):
             raise ValueError(f"cluster_fractions must increase from coarse to fine, got {fractions}")
-        if self.observation_window < 0:
-            raise ValueError(f"observation_window must be at least 0, got {self.observation_window}")
         if math.isnan(self.sparsity):
             raise ValueError("sparsity must be a number, got NaN")
         if not 1 <= self.coarse_margin < math.inf:
             raise ValueError(f"coarse_margin must be at least 1 and finite, got {self.coarse_margin}")
-        if self.query_block is not None and self.query_block < 1:
-            raise ValueError(f"query_block must be at least 1 or None, got {self.query_block}")
-        if self.kmeans_iterations < 0:
-            raise ValueError(f"kmeans_iterations must be at least 0, got {self.kmeans_iterations}")
         if not self.kmeans_tolerance >= 0:
             raise ValueError(f"kmeans_tolerance must be at least 0, got {self.kmeans_tolerance}")
+        if self.cluster_cap is not None and not 1 <= self.cluster_cap < math.inf:
+            raise ValueError(f"cluster_cap must be at least 1 and finite, or None, got {self.cluster_cap}")
 
     @property
     def num_levels(self) -> int:

@@ -70,7 +70,7 @@ def squeeze(
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
         with report.spend("clustering"):
-            layer = cluster_layer(keys, values, config, seeds[i], i, implementation)
+            layer = cluster_layer(keys, values, i, config, seeds[i], implementation)
             del keys, values  # as large as the layer, and not needed while the next one is read
         tree = write_layer(tree, layer, i, L)
         queries.append(q)
@@ -86,10 +86,10 @@ def squeeze(
     return tree
 
 
-def cluster_layer(keys, values, config: SqueezeConfig, seed, index: int, implementation: str | None = None) -> Tree:
-    """`build_layer`, waited for, of keys and values [K S+W H] that are numbers."""
+def cluster_layer(keys, values, index: int, *options) -> Tree:
+    """`build_layer`, waited for, of layer `index`'s keys and values [K S+W H], if they are numbers."""
     check_finite(keys, values, index)
-    return jax.block_until_ready(build_layer(keys, values, config, seed, implementation))
+    return jax.block_until_ready(build_layer(keys, values, *options))
 
 
 def finish(tree: Tree, queries: list, report: Reporter) -> Tree:

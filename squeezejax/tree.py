@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import sharding
 from squeezejax.config import SqueezeConfig
 from squeezejax.kmeans import kmeans
 from squeezejax.pallas_kernels.segment_sums import segment_sum
-
-GRANULE = 8  # rows that a kernel fetches together
+from squeezejax.shape import GRANULE, Shape, shape_clusters, shape_of
 
 
 def _static(**kwargs):
@@ -80,6 +80,7 @@ class Tree:
         "levels.parents": "LKC",
         "levels.child_starts": "LKC",
         "levels.child_counts": "LKC",
+        "levels.value_centroids": "LKCH",
         "sparsities": "P",
         "thresholds": "nP",
         "context_hash": "h",
@@ -133,14 +134,28 @@ def build_tree(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def build_layer(keys, values, config: SqueezeConfig, key, implementation: str | None = None) -> Tree:
-    """`build_tree` for one layer: keys, values [K S+W H] -> a Tree whose arrays lack the axis L."""
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "first_row"))
+def build_layer(
+    keys, values, config: SqueezeConfig, key, implementation: str | None = None, first_row: int = 0
+) -> Tree:
+    """`build_tree` for one layer: keys, values [K S+W H] -> a Tree whose arrays lack the axis L.
+
+    `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it.
+    """
+    build = functools.partial(_build_heads, config=config, implementation=implementation, first_row=first_row)
+    return sharding.map_heads(build, keys, values, jax.random.split(key, keys.shape[0]))
+
+
+def _build_heads(
+    keys, values, seeds, config: SqueezeConfig, implementation: str | None = None, first_row: int = 0
+) -> Tree:
+    """`build_layer` with a random key a head."""
     S = keys.shape[1] - config.observation_window
     clusters = config.num_clusters(S)
     options = {
         "max_iterations": config.kmeans_iterations,
         "tolerance": config.kmeans_tolerance,
+        "swap_rounds": config.kmeans_swap_rounds,
         "implementation": implementation,
     }
 
@@ -158,15 +173,18 @@ def build_layer(keys, values, config: SqueezeConfig, key, implementation: str | 
         return tuple(labels)
 
     with jax.named_scope("cluster"):
-        labels = jax.vmap(cluster_head)(keys[:, :S], jax.random.split(key, keys.shape[0]))
-    return _arrange(keys, values, labels, clusters, config)
+        labels = jax.vmap(cluster_head)(keys[:, :S], seeds)
+    return _arrange(keys, values, labels, clusters, config, shape_of(config, S, keys.dtype, first_row))
 
 
-@functools.partial(jax.jit, static_argnames=("clusters", "config"))
-def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeConfig) -> Tree:
-    """Sorts one layer by cluster: labels as for `build_tree`, clusters = C of each level; nothing has the axis L."""
+@functools.partial(jax.jit, static_argnames=("clusters", "config", "shape"))
+def _arrange(keys, values, labels, clusters: tuple[int, ...], config: SqueezeConfig, shape: Shape | None = None):
+    """Sorts one layer by cluster into a Tree without the axis L.
+
+    labels as for `build_tree`, but without L; clusters = C of each level; `shape` of the finest ones, None = as given.
+    """
     S = keys.shape[1] - config.observation_window
-    order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters))(keys[:, :S], labels)
+    order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters, shape=shape))(keys[:, :S], labels)
     padding = padding_rows(S, keys.dtype)
     take = lambda x: jnp.take_along_axis(x[:, :S], order[:, :, None], axis=1)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
@@ -188,7 +206,7 @@ def padding_rows(num_keys: int, dtype) -> int:
     return -num_keys % GRANULE if dtype.itemsize == 2 else 0
 
 
-def _arrange_head(keys, labels, *, clusters):
+def _arrange_head(keys, labels, *, clusters, shape: Shape | None):
     """One head: keys [S H], labels coarse → fine -> (order i32[S], levels without L and K)."""
     # Renumber from the top, so that the children of a cluster become neighbours, and their rows one run.
     parents = [jnp.zeros(clusters[0], jnp.int32)]
@@ -199,6 +217,8 @@ def _arrange_head(keys, labels, *, clusters):
         parents.append(parent[old])
         number = jnp.zeros(C, jnp.int32).at[old].set(jnp.arange(C, dtype=jnp.int32))
     cluster_of = number[labels[-1]]
+    if shape is not None:
+        cluster_of = shape_clusters(keys, cluster_of, parents[-1], shape)
     order = jnp.argsort(cluster_of, stable=True).astype(jnp.int32)
     rows, row_cluster = keys[order].astype(jnp.float32), cluster_of[order]
 

@@ -16,8 +16,9 @@ import squeezejax
 from squeezejax import SqueezeConfig, append, build_tree, calibrate, squeeze
 
 W = 6
-FLAT = SqueezeConfig(cluster_fractions=(0.2,), observation_window=W)
-DEEP = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=W)
+# One step of K-means: what it finds is not tested here, and compiles sooner.
+FLAT = SqueezeConfig(cluster_fractions=(0.2,), observation_window=W, kmeans_iterations=1)
+DEEP = dataclasses.replace(FLAT, cluster_fractions=(0.07, 0.2))
 KEY = jax.random.key(3)
 # 60 keys are clustered each time, so that one program of K-means serves all.
 TOKENS = np.random.default_rng(0).integers(0, 31, 66 + 60 + 3)
@@ -81,6 +82,17 @@ def test_the_result_is_the_tree_of_its_parts(case):
     q, *_ = oracle.plain_forward(params, TOKENS[:126])
     atol = 1e-3 if keys.dtype == jnp.float32 else 0.3
     chex.assert_trees_all_close(second.thresholds, calibrate(expected, q[:, :, -W:]).thresholds, atol=atol)
+
+
+def test_new_clusters_lie_on_granules_too():
+    """60 old keys end inside a granule of 8 rows: the next border is at 64, whatever K-means finds."""
+    params = oracle.make_model()
+    config = dataclasses.replace(FLAT, cluster_granule=8)
+    tree = append(params, oracle.model_tree(params, FIRST, config, clusters=(12,)), SECOND)
+    fine = tree.levels[0]
+    starts, live = np.asarray(fine.starts)[..., 12:], np.asarray(fine.counts)[..., 12:] > 0
+    assert np.all((starts % 8 == 0) | (starts == 60) | ~live)
+    assert np.sum(fine.counts[..., 12:]) == 60 * 4
 
 
 def test_the_old_part_stays_as_it_is(case):
