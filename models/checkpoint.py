@@ -20,6 +20,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from squeezejax import sharding
+from squeezejax.memory import bytes_per_device, check_loading_fits
 from squeezejax.models.config import LlamaConfig, parse_config, parse_stop_tokens
 from squeezejax.models.llama import Llama
 
@@ -85,7 +86,7 @@ def load(path, dtype=None, *, mesh=None) -> Llama:
 
     Raises FileNotFoundError for a directory or file that is not there, and ValueError for a checkpoint that is
     damaged, does not fit its config.json, or needs what is not supported (see `parse_config`); the sentence names
-    which. Both come before any tensor is read.
+    which. Both come before any tensor is read. ValueError, too, for weights that surely do not fit in memory.
     """
     folder = Path(path)
     if not folder.exists():
@@ -104,6 +105,7 @@ def load(path, dtype=None, *, mesh=None) -> Llama:
     # As in transformers 5, a tied checkpoint that stores both is tied only where both are the same.
     if tied and _HEAD in stored and _same(stored[_EMBEDDING], stored[_HEAD]):
         config = dataclasses.replace(config, tie_embeddings=True)
+    check_loading_fits(str(folder), bytes_per_device(_shapes(config, target), mesh), mesh)
     return _read(config, stored, target) if mesh is None else _read_shares(config, stored, target, mesh)
 
 
@@ -179,9 +181,14 @@ def _open(file: Path):
         raise ValueError(f"{file} is truncated or damaged, or no safetensors file ({error})") from error
 
 
+def _shapes(config: LlamaConfig, dtype) -> Llama:
+    """`Llama` without weights."""
+    return jax.eval_shape(lambda key: Llama(config, key=key, dtype=dtype), jax.random.key(0))
+
+
 def _structure(config: LlamaConfig, dtype):
-    """`Llama` without weights: its abstract leaves beside the tensors that fill them, and its tree structure."""
-    abstract = jax.eval_shape(lambda key: Llama(config, key=key, dtype=dtype), jax.random.key(0))
+    """The parameters of a `Llama`, with the tensors that fill them, and its tree structure."""
+    abstract = _shapes(config, dtype)
     leaves, treedef = jax.tree.flatten(abstract)
     paths = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda node: isinstance(node, nnx.Param))
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
@@ -262,8 +269,7 @@ def _read_shares(config: LlamaConfig, stored: dict[str, _Stored], dtype, mesh) -
     """`_read` onto a mesh: once through every tensor for the fingerprint, then each device's share by itself."""
     digest = hashlib.blake2b(_architecture(config).encode(), digest_size=16)
     parameters, treedef = _structure(config, dtype)
-    shapes = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters])
-    shardings = jax.tree.leaves(sharding.shardings(mesh, shapes))
+    shardings = jax.tree.leaves(sharding.shardings(mesh, _shapes(config, dtype)))
     for parameter in parameters:
         for name in parameter.names:
             for _ in _hashed_slabs(digest, name, stored[name]):

@@ -15,6 +15,7 @@ import numpy as np
 
 from squeezejax.arguments import check_lengths, check_model, check_tokens
 from squeezejax.attention import attend_user
+from squeezejax.memory import check_state_fits
 from squeezejax.pallas_kernels import dispatch
 from squeezejax.sampling import Sampling, sample, sampling_of
 from squeezejax.select import resolve_thresholds
@@ -75,7 +76,8 @@ def generate(
     "mosaic".
 
     One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit`.
-    Raises ValueError for a tree of another model or not calibrated, and for arguments out of range.
+    Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
+    does not fit in memory.
     """
     log_T = resolve_thresholds(tree, sparsity, None, implementation)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
@@ -128,6 +130,7 @@ def prefill(
     if extra < 0:
         raise ValueError(f"capacity must be at least 0, got {capacity}")
     if state is None:
+        check_state_fits(params, tree, B, T + extra)
         state = empty_state(params, tree, B, T + extra)
     else:
         if state.lengths.shape[0] != B:
@@ -171,6 +174,7 @@ def _generate(params, tree, tokens, lengths, log_T, sampling: Sampling, max_new_
     tokens = check_tokens(tokens, params.config.vocab_size)
     lengths = check_lengths(lengths, *tokens.shape)
     _check_count(max_new_tokens)
+    check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
     return _prefill_and_decode(
         params, tree, tokens, lengths, log_T, sampling, max_new_tokens, dispatch.resolve(implementation)
     )
@@ -274,6 +278,7 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
 
 
 def empty_state(params, tree: Tree, B: int, room: int) -> State:
+    """The state of B users with room tokens each who have said nothing yet."""
     config = params.config
     shape = (config.num_layers, B, room, config.num_kv_heads, config.head_dim)
     return State(

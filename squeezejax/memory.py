@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
-from squeezejax.sharding import shardings
+from squeezejax.sharding import mesh_of, shardings, size_of
 
 
 def bytes_by_name(x, mesh=None) -> dict[str, int]:
@@ -68,9 +69,40 @@ def check_fits(work: str, needed: Mapping[str, int], device: jax.Device, advice:
         return
     parts = ", ".join(f"{name} {readable_bytes(size)}" for name, size in needed.items())
     raise ValueError(
-        f"{work} needs at least {readable_bytes(total)} on every device ({parts}), and {device} can give "
-        f"{readable_bytes(limit)}: {advice}. `squeezejax plan` says what fits."
+        f"{work} needs at least {readable_bytes(total)} on each device ({parts}), and {device} can give "
+        f"{readable_bytes(limit)}: {advice}"
     )
+
+
+def check_loading_fits(what: str, size: int, mesh=None):
+    """`check_fits` for `size` bytes to be loaded on each device of a mesh, or on the default device."""
+    device = jnp.zeros(()).device if mesh is None else mesh.local_devices[0]
+    check_fits(f"loading {what}", {"arrays": size}, device, "use more devices (mesh=…), or 16 bits a number")
+
+
+def check_state_fits(params, tree, num_users: int, room: int):
+    """`check_fits` for answering num_users users with room tokens each; of their states the keys and values only.
+
+    Nothing is checked under the caller's `jit`, nor of arrays that are not on a device yet.
+    """
+    leaves = jax.tree.leaves((params, tree))
+    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    mesh = mesh_of(tree)
+    L, K, _, H = tree.keys.shape
+    cached = 2 * L * K * H * num_users * room * tree.keys.dtype.itemsize
+    needed = {
+        "weights": bytes_per_device(params),
+        "the tree": bytes_per_device(tree),
+        "users' own tokens": cached // (size_of(mesh, "data") * size_of(mesh, "model")),
+    }
+    advice = "use fewer users or tokens, or more devices (squeezejax.shardings)"
+    check_fits(f"answering {num_users} users of {room:,} tokens", needed, local_device(tree.keys), advice)
+
+
+def local_device(array: jax.Array) -> jax.Device:
+    """A device of this process on which an array lies."""
+    return min(array.sharding.addressable_devices, key=lambda device: device.id)
 
 
 def readable_bytes(count: float) -> str:

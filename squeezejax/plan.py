@@ -15,8 +15,8 @@ import numpy as np
 from squeezejax.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.config import SqueezeConfig
 from squeezejax.generate import empty_state
-from squeezejax.memory import bytes_by_name, bytes_per_device
-from squeezejax.sharding import size_of
+from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_device
+from squeezejax.sharding import mesh_of, size_of
 from squeezejax.tree import Tree, build_layer, check_context_length
 
 # Temporaries of clustering one layer, in float32 copies of its keys: unit rows, rows by cluster, both weighted, …
@@ -192,6 +192,15 @@ def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
         # one; while it is written into that tree, what it adds.
         "a layer": whole // L + (own if L > 1 else 0),
     }
+
+
+def check_build_fits(params, num_tokens: int, config: SqueezeConfig):
+    """Raises ValueError if the devices of params surely cannot hold what `squeeze` has to of num_tokens tokens."""
+    mesh, array = mesh_of(params), jax.tree.leaves(params)[0]
+    tree = tree_shapes(params, num_tokens, config, size_of(mesh, "context"))
+    advice = "squeeze fewer tokens, or use more devices (squeezejax.shardings) or parameters of 16 bits"
+    needed = build_needs(params, tree, mesh)
+    check_fits(f"squeezing {num_tokens:,} tokens", needed, local_device(array), advice)
 
 
 def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:

@@ -20,6 +20,7 @@ from squeezejax.attention import attend_cached, attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
 from squeezejax.parts import split_layer
+from squeezejax.plan import check_build_fits
 from squeezejax.progress import Progress, Reporter
 from squeezejax.tree import Tree, build_layer, check_context_length, check_finite
 from squeezejax.unfinished import Unfinished
@@ -48,11 +49,12 @@ def squeeze(
     clustering, as for `kmeans`.
 
     Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
-    are not finite, and a checkpoint of another build or a damaged one.
+    are not finite, a checkpoint of another build or a damaged one, and what surely does not fit in memory.
     """
     tokens = check_context(tokens, params.config.vocab_size)
     length = tokens.shape[1]
     check_context_length(length, config)
+    check_build_fits(params, length, config)
     L = params.config.num_layers
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from squeezejax.arguments import check_model
+from squeezejax.memory import check_loading_fits
 from squeezejax.parts import distribute
 from squeezejax.sharding import host_layers
 from squeezejax.storage_header import (
@@ -70,12 +71,14 @@ def load(path, params=None, *, mesh=None) -> Tree:
     file must not be written to in place while it is read (`save` never does).
 
     Raises TreeFileError, naming the file and the reason, for one that is cut, altered, not a tree, of a newer version
-    or for another model; OSError (FileNotFoundError, …) for one that cannot be read; ValueError as `shardings` does.
+    or for another model; OSError (FileNotFoundError, …) for one that cannot be read; ValueError as `shardings` does,
+    and for a tree that surely does not fit in memory.
     """
     with _naming(path), open(path, "rb") as file:
         header, data_start = parse_header(file)
         if params is not None:
             _check_model(params, header)
+        check_loading_fits("the tree", header.nbytes // (1 if mesh is None else mesh.size), mesh)
         # XLA's CPU backend takes host memory over as it is, where aligned. A tree must not go on living in the file:
         # a later change of the file would change it or end the process. Other devices copy what they are given.
         on_cpu = jnp.zeros(()).device.platform == "cpu"

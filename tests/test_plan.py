@@ -1,7 +1,10 @@
 """The plan against arithmetic by hand, real arrays and compiled programs; and refusing what cannot fit."""
 
+import functools
 import gc
 import importlib
+import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 import squeezejax
+from squeezejax import memory
 from squeezejax.generate import _decode, empty_state
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
@@ -108,3 +112,35 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
     floor = plan(params, TOKENS, CONFIG).memory.build_floor
     assert floor <= max(alive) - others < 1.1 * floor
+
+
+# ---- Refusing what cannot fit
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(params, tree, tmp_path, monkeypatch):
+    """A device with room for the weights and no more: every public entry says what is needed, had, and to do."""
+    tokens = np.arange(5)
+    squeezejax.save(tmp_path / "tree", tree)
+    weights = memory.bytes_per_device(params)
+    monkeypatch.setattr(memory, "device_limit", lambda _: weights + 1000)
+    refused = functools.partial(pytest.raises, ValueError)
+    floor = memory.readable_bytes(plan(params, TOKENS, CONFIG).memory.build_floor)
+    with refused(match=rf"squeezing 210 tokens needs at least {floor} on each device \(weights 73\.92 kB, the tree"):
+        squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
+    with refused(match=r"loading the tree needs at least .* cpu:0 can give 74\.92 kB: use more devices"):
+        squeezejax.load(tmp_path / "tree", params)
+    with refused(match=r"answering 1 users of 25 tokens needs at least .* use fewer users or tokens"):
+        squeezejax.generate(params, tree, tokens, max_new_tokens=20)
+    with refused(match="answering 1 users of 9 tokens"):
+        squeezejax.prefill(params, tree, tokens, capacity=4)
+    monkeypatch.setattr(memory, "device_limit", lambda _: None)  # nobody knows: nothing is refused
+    assert squeezejax.load(tmp_path / "tree", params).num_keys == tree.num_keys
+
+
+def test_the_limit_of_a_device():
+    """On the CPU what the system has and no more; on others what their allocator says."""
+    (device,) = jax.local_devices()
+    assert os.sysconf("SC_PAGE_SIZE") < memory.device_limit(device) * jax.local_device_count()
+    stats = {"bytes_limit": 7, "bytes_in_use": 3}
+    assert memory.device_limit(SimpleNamespace(platform="gpu", memory_stats=lambda: stats)) == 7
+    assert memory.device_limit(SimpleNamespace(platform="tpu", memory_stats=lambda: None)) is None
