@@ -16,6 +16,7 @@ import numpy as np
 from squeezejax import sharding
 from squeezejax.tree import GRANULE, Level, Tree
 
+SPARE = 32  # while a tree is built, a 32nd part more room than its first layer needs: later ones differ a little
 _ROWS = ("keys", "values", "order")  # fields of a tree with an axis of rows
 # Fields of a level that number rows or clusters; all others describe a cluster and move with it.
 _NUMBERS = ("starts", "parents", "child_starts", "child_counts")
@@ -95,7 +96,7 @@ def split_layer(tree: Tree | None, layer: Tree, parts: int) -> tuple[Tree | None
     levels = sharding.to_host(layer.levels)
     moves = _plan(levels, parts)
     needed = _room(moves, parts)
-    ample = [-(-(size + size // 32) // GRANULE) * GRANULE for size in needed]
+    ample = [-(-(size + size // SPARE) // GRANULE) * GRANULE for size in needed]
     sizes = ample
     if tree is not None:
         sizes = [rows.shape[2] // parts for rows in (*(level.counts for level in tree.levels), tree.order)]
