@@ -14,8 +14,8 @@ from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
 from squeezejax.generate import Generation, State, decode, dense_generate, generate, prefill
 from squeezejax.kmeans import KMeans, kmeans
-from squeezejax.progress import Progress
 from squeezejax.plan import Plan, plan
+from squeezejax.progress import Progress
 from squeezejax.select import Selection, select
 from squeezejax.squeeze import squeeze
 from squeezejax.storage import Header, TreeFileError, load, read_header, save

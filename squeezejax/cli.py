@@ -207,6 +207,22 @@ same command goes on from there.""",
         metavar="X",
         help="relative gain below which iterations stop early (default: 0)",
     )
+    config.add_argument(
+        "--kmeans-swap-rounds",
+        type=at_least(0),
+        default=_DEFAULTS.kmeans_swap_rounds,
+        metavar="N",
+        help="how many of the rounds also move clusters to where they gain more (default: 5)",
+    )
+    config.add_argument(
+        "--cluster-granule",
+        type=at_least(1),
+        metavar="ROWS",
+        help="clusters of whole granules of so many keys (default: 8 for 16-bit keys, which GPU kernels read, else 1)",
+    )
+    config.add_argument(
+        "--cluster-cap", type=float, metavar="X", help="no cluster larger than X times the mean (default: any size)"
+    )
     return command
 
 

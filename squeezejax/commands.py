@@ -43,6 +43,9 @@ def build(arguments):
         query_block=arguments.query_block,
         kmeans_iterations=arguments.kmeans_iterations,
         kmeans_tolerance=arguments.kmeans_tolerance,
+        kmeans_swap_rounds=arguments.kmeans_swap_rounds,
+        cluster_granule=arguments.cluster_granule,
+        cluster_cap=arguments.cluster_cap,
     )
     folder = model_directory(arguments.model)
     model_config = read_model_config(folder)
