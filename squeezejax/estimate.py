@@ -3,8 +3,9 @@
 To a query, a cluster of n keys with centroid c weighs about n·exp s(q, c) in the softmax, its *estimated mass*. Where
 a coarser level gives a cluster up, its own centroid stands for everything below it. Three options build on that:
 
-- `min_mass`: instead of those above a threshold, keep the fewest clusters that leave at most 1 − min_mass of the
-  softmax unread, for every selection anew;
+- `min_mass`: instead of those above a threshold, keep the fewest clusters that hold min_mass of all clusters' estimated
+  mass, for every selection anew (what is attended anyway plays no part: against its exact mass, that of a cluster
+  with one outstanding key is estimated far too low, and a head that has to find that key would keep nothing);
 - `tail`: clusters that are not kept still contribute their estimated mass times the mean of their values, as in
   RetroInfer (arXiv 2505.02922) and Multipole Attention (arXiv 2506.13059);
 - the *missed mass*: the estimated mass of clusters that are not kept, as a fraction of that and all that is attended.
@@ -65,33 +66,30 @@ class Chosen(NamedTuple):
     rest: list  # a level: (out f32[B K M H], lse f32[B K M]) of the clusters given up there; out None without tail
 
 
-def choose(tree: Tree, q, valid, attended, layer, log_T, estimate: Estimate) -> Chosen:
-    """One selection a user for rows q [B K M H], of which valid bool[B M] take part.
+def choose(tree: Tree, q, valid, layer, log_T, estimate: Estimate) -> Chosen:
+    """One selection a user for rows q [B K M H], of which valid bool[B M] take part."""
 
-    attended f32[B K M]: log of the softmax's mass that each row attends to whatever is chosen here.
-    """
-
-    def one_head(head, q, valid, attended):
+    def one_head(head, q, valid):
         levels = jax.tree.map(lambda leaf: leaf[layer, head], tree.levels)
-        (*_, kept), rest = descend(levels, q, valid, attended, log_T, estimate, tree.config.coarse_margin)
+        (*_, kept), rest = descend(levels, q, valid, log_T, estimate, tree.config.coarse_margin)
         return reference.kept_runs(kept, levels[-1].starts, levels[-1].counts), rest
 
     def one_user(user):
-        q, valid, attended = user
-        return map_over(lambda lane: one_head(lane[0], lane[1], valid, lane[2]), (jnp.arange(len(q)), q, attended))
+        q, valid = user
+        return map_over(lambda lane: one_head(*lane, valid), (jnp.arange(len(q)), q))
 
     with jax.named_scope("select"):
-        return Chosen(*map_over(one_user, (q, valid, attended)))
+        return Chosen(*map_over(one_user, (q, valid)))
 
 
-def descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Estimate, margin: float):
+def descend(levels: tuple[Level, ...], q, valid, log_T, estimate: Estimate, margin: float):
     """One head from coarse to fine -> ([kept bool[C], …], [`Chosen.rest`, …]), one entry a level.
 
-    levels without the axes L and K; q [M H]; valid bool[M]; attended f32[M] as for `choose`; log_T f32[levels] where
-    thresholds choose; margin is the config's coarse_margin.
+    levels without the axes L and K; q [M H]; valid bool[M]; log_T f32[levels] where thresholds choose; margin is the
+    config's coarse_margin.
     """
     kepts, rest = [], []
-    elsewhere = attended  # f32[M]: log mass outside the clusters still in question
+    given_up = jnp.full(len(q), MASKED)  # log of the mass that coarser levels have given up
     for depth, level in enumerate(levels):
         alive = level.counts > 0
         if depth:
@@ -104,9 +102,9 @@ def descend(levels: tuple[Level, ...], q, valid, attended, log_T, estimate: Esti
             # Coarser levels may lose `margin` times less than the finest, levels between a geometric series.
             above = len(levels) - 1
             lost = (1 - estimate.min_mass) / margin ** ((above - depth) / max(above, 1))
-            kept = alive & _fewest(log_mass, attended, elsewhere, valid, 1 - lost)
+            kept = alive & _fewest(log_mass, given_up, valid, 1 - lost)
         rest.append(_attend_centroids(log_mass, alive & ~kept, level.value_centroids if estimate.tail else None))
-        elsewhere = jnp.logaddexp(elsewhere, rest[-1][1])
+        given_up = jnp.logaddexp(given_up, rest[-1][1])
         kepts.append(kept)
     return kepts, rest
 
@@ -115,17 +113,16 @@ def _log(counts):
     return jnp.log(jnp.maximum(counts, 1).astype(jnp.float32))
 
 
-def _fewest(log_mass, attended, elsewhere, valid, wanted):
-    """The fewest clusters, bool[C], with which rows attend to `wanted` of all mass, on average over valid bool[M].
+def _fewest(log_mass, given_up, valid, wanted):
+    """The fewest clusters, bool[C], that hold `wanted` of all mass, on average over valid bool[M].
 
-    log_mass f32[M C] of the clusters in question, attended and elsewhere f32[M] (the one part of the other).
+    log_mass f32[M C] of the clusters in question, given_up f32[M] of all others.
     """
-    total = jnp.logaddexp(elsewhere, jax.nn.logsumexp(log_mass, axis=1))
-    num_rows = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
-    mean = lambda share: jnp.sum(jnp.where(valid.reshape(-1, *[1] * (share.ndim - 1)), share, 0.0), axis=0) / num_rows
-    mass = mean(jnp.exp(log_mass - total[:, None]))
+    total = jnp.logaddexp(given_up, jax.nn.logsumexp(log_mass, axis=1))
+    shares = jnp.where(valid[:, None], jnp.exp(log_mass - total[:, None]), 0.0)
+    mass = jnp.sum(shares, axis=0) / jnp.maximum(jnp.sum(valid.astype(jnp.float32)), 1.0)
     order = jnp.argsort(-mass, stable=True)
-    before = mean(jnp.exp(attended - total)) + jnp.cumsum(mass[order]) - mass[order]
+    before = jnp.cumsum(mass[order]) - mass[order]
     found = jnp.zeros(mass.shape, bool).at[order].set(before < wanted)
     return jnp.where(wanted >= 1, jnp.any(valid), found)  # else sums might round to 1 before the last cluster
 

@@ -28,7 +28,7 @@ def chosen(name, fixed, q, num_keys):
     """(numbers of the keys kept, vectors of the index read) for one selection of rows q [M H]."""
     method, q = METHODS[name], jnp.asarray(q, jnp.float32)
     index = jax.tree.map(lambda leaf: leaf[0, 0], method.build(fixed))
-    choice = method.choose(index, q, jnp.ones(len(q), bool), jnp.zeros(len(q)), jnp.int32(num_keys))
+    choice = method.choose(index, q, jnp.ones(len(q), bool), jnp.int32(num_keys))
     return np.flatnonzero(choice.mask).tolist(), float(choice.index_read)
 
 
@@ -109,7 +109,7 @@ def test_clusters_are_found_behind_any_layout():
     for name in ("clusters_ranked", "random"):
         method = METHODS[name]
         head = jax.tree.map(lambda leaf: leaf[1, 0], method.build(fixed))
-        choice = method.choose(head, jnp.ones((2, 6)), jnp.ones(2, bool), jnp.zeros(2), jnp.int32(9))
+        choice = method.choose(head, jnp.ones((2, 6)), jnp.ones(2, bool), jnp.int32(9))
         clusters = np.asarray(ranked.of_key[1, 0])
         kept = set(clusters[np.asarray(choice.mask)].tolist())
         assert np.flatnonzero(choice.mask).tolist() == np.flatnonzero(np.isin(clusters, list(kept))).tolist()
@@ -119,12 +119,10 @@ def test_clusters_are_found_behind_any_layout():
 
 def test_vectors_read_are_counted_level_by_level():
     _, fixed = case_and_context()
-    q, attended = jnp.ones((2, 6)), jnp.zeros(2)
+    q = jnp.ones((2, 6))
     coarse, fine = (jax.tree.map(lambda leaf: leaf[1, 0], level) for level in fixed.tree.levels)
     counted = lambda method, knob: float(
-        method.choose(
-            jax.tree.map(lambda leaf: leaf[1, 0], method.build(fixed)), q, jnp.ones(2, bool), attended, knob
-        ).index_read
+        method.choose(jax.tree.map(lambda leaf: leaf[1, 0], method.build(fixed)), q, jnp.ones(2, bool), knob).index_read
     )
     live = int(np.sum(coarse.counts > 0)), int(np.sum(fine.counts > 0))
     everything, nothing = jnp.full(2, -jnp.inf), jnp.full(2, jnp.inf)

@@ -119,7 +119,7 @@ def index_share(method: Method, fixed) -> float:
     """Bytes of the index that a ranking method reads for one selection, as a fraction of all keys and values."""
     head = jax.tree.map(lambda leaf: leaf[0, 0], method.build(fixed))
     H = fixed.keys.shape[3]
-    choice = method.choose(head, jnp.zeros((1, H)), jnp.ones(1, bool), jnp.zeros(1), jnp.int32(0))
+    choice = method.choose(head, jnp.zeros((1, H)), jnp.ones(1, bool), jnp.int32(0))
     return float(choice.index_read) / (2 * fixed.keys.shape[2])
 
 

@@ -138,11 +138,11 @@ def _attend(fixed: Fixed, index, knob, layer, q, k, v, valid, method: Method, nu
     )
     logits, values = dots(here(fixed.keys)), here(fixed.values)
 
-    choose = jax.vmap(method.choose, in_axes=(0, 0, None, 0, None))  # over heads
-    each_token = jax.vmap(choose, in_axes=(None, 1, None, 1, None), out_axes=1)
-    of_layer, rows = jax.tree.map(here, index), lambda x: x.reshape(K, Q * G, *x.shape[3:])
-    asking = choose(of_layer, rows(q[:, :Q]), jnp.repeat(valid[:Q], G), rows(always[1][:, :Q]), knob)
-    replying = each_token(of_layer, q[:, Q:], jnp.ones(G, bool), always[1][:, Q:], knob)
+    choose = jax.vmap(method.choose, in_axes=(0, 0, None, None))  # over heads
+    each_token = jax.vmap(choose, in_axes=(None, 1, None, None), out_axes=1)
+    of_layer = jax.tree.map(here, index)
+    asking = choose(of_layer, q[:, :Q].reshape(K, Q * G, H), jnp.repeat(valid[:Q], G), knob)
+    replying = each_token(of_layer, q[:, Q:], jnp.ones(G, bool), knob)
 
     mask = jnp.concatenate([jnp.broadcast_to(asking.mask[:, None], (K, Q, S)), replying.mask], axis=1)
     read = merge(_softmax(jnp.where(mask[:, :, None], logits, HIDDEN), values), always)

@@ -56,7 +56,7 @@ class Method:
 
     name: str
     build: Callable[[Fixed], Any]  # -> index, every leaf with leading axes [L K]
-    choose: Callable[..., Choice]  # (index of one head, q [M H], valid bool[M], attended f32[M], knob)
+    choose: Callable[..., Choice]  # (index of one head, q [M H], valid bool[M], knob)
     knob: Callable[[Fixed, float], Any]  # from a setting, see `kind`
     kind: str = "keys"  # what a setting is: "keys", the fraction to keep; "sparsity"; or "mass" to attend to
 
@@ -105,7 +105,7 @@ def pad_units(x, size: int, value):
 def ranked(name: str, build, score) -> Method:
     """A method that keeps the best units; score(units of a head, q [M H], valid) -> (f32[U], vectors read)."""
 
-    def choose(units, q, valid, attended, num_keys):
+    def choose(units, q, valid, num_keys):
         scores, read = score(units, q, valid)
         return Choice(keep_first(units, scores, num_keys), jnp.float32(read))
 
@@ -213,11 +213,10 @@ def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool
     """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate."""
     tree_of = lambda fixed: fixed.flat if flat else fixed.tree
 
-    def choose(index: Squeezed, q, valid, attended, knob):
+    def choose(index: Squeezed, q, valid, knob):
         estimate = Estimate(knob, tail) if by_mass else Estimate(tail=tail)
-        kept, rest = descend(
-            index.levels, q, valid, attended, None if by_mass else knob, estimate, CONFIG.coarse_margin
-        )
+        log_T = None if by_mass else knob
+        kept, rest = descend(index.levels, q, valid, log_T, estimate, CONFIG.coarse_margin)
         read, alive = jnp.int32(0), [index.levels[0].counts > 0]
         for above, level in zip(kept, index.levels[1:], strict=False):
             alive.append((level.counts > 0) & above[level.parents])
