@@ -1,6 +1,7 @@
 """Thresholds: exact quantiles of key scores for every sparsity, flat and hierarchical, also at extreme scores."""
 
 import dataclasses
+import sys
 
 import chex
 import jax
@@ -80,6 +81,20 @@ def test_hierarchy_matches_the_oracle(clusters, margin):
     case = oracle.make_case(seed=2, clusters=clusters, coarse_margin=margin, empty=0.1)
     for p in [0.05, 0.3, 0.5, 0.76, 0.8, 0.9, 0.95, 0.99]:
         assert_thresholds(case.tree, p, case.thresholds(np.float32(p)))
+
+
+@pytest.mark.parametrize("scale", [20.0, 150.0])
+def test_hierarchy_with_extreme_logits(scale):
+    """Survivors may score hundreds of nats below what the coarse level cut: their thresholds are as exact."""
+    case = oracle.make_case(seed=3, clusters=(4, 12), coarse_margin=2.0, empty=0.0, scale=scale)
+    for p in [0.3, 0.6, 0.8, 0.9]:
+        assert_thresholds(case.tree, p, case.thresholds(np.float32(p)), rtol=3e-3)
+
+
+def test_sets_of_thresholds_scored_a_few_at_a_time(monkeypatch):
+    case = oracle.make_case(seed=2, clusters=(3, 6, 12), empty=0.1)
+    monkeypatch.setattr(sys.modules["squeezejax.calibrate"], "SCORES_AT_ONCE", 500)
+    chex.assert_trees_all_equal(calibrate(case.uncalibrated, case.queries).thresholds, case.tree.thresholds)
 
 
 def test_hierarchy_by_hand():
