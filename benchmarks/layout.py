@@ -1,9 +1,9 @@
-"""How clusters should lie in the cache: wasted reads, memory and index size. `python -m benchmarks.layout [TREE…]`.
+"""How clusters should lie in the cache: wasted reads, memory, index size. `python -m benchmarks.layout [TREE QUERIES]…`
 
 Kernels read whole granules of rows, clusters are runs of any length. Synthetic trees have clusters of a given size
 distribution; which ones are kept is drawn with a share of clusters kept in whole families (children of one parent), as
-a hierarchy's order makes them neighbours. Saved trees (`squeezejax.save`) are measured with their own window's
-queries. Counts only: no GPU, no time.
+a hierarchy's order makes them neighbours. Saved trees (`squeezejax.save`) are measured with the last of their window's
+queries, one decode step a token. Counts only: no GPU, no time.
 """
 
 import argparse
@@ -96,25 +96,29 @@ def synthetic(rng, num_keys: int, mean: float, fraction: float, together: float)
     return measure(sizes, families, draw_kept(rng, families, fraction, together))
 
 
-def saved(path: str, sparsity: float):
-    """The same for a saved tree: every layer and head, clusters kept by the last token of its window."""
+def saved(path: str, queries: np.ndarray, sparsity: float, tokens: int = 8):
+    """The same for a saved tree: every layer and head, each of the last tokens' queries [L N W H] a decode step."""
     import jax.numpy as jnp
 
     import squeezejax
 
     tree = squeezejax.load(path)
-    totals = []
+    # Explicit thresholds: a sparsity alone may fall back to keeping every key.
+    log_T = squeezejax.log_thresholds(tree, sparsity)
+    fine, kept_share, totals = tree.levels[-1], [], []
     for layer in range(tree.num_layers):
-        # The window's last key stands in for a query: it has a query's position, and RoPE gave both one rotation.
-        q = jnp.asarray(tree.window_keys[layer, :, -1:]).swapaxes(0, 1) * 4
-        selection = squeezejax.select(tree, q, layer=layer, sparsity=sparsity)
-        fine = tree.levels[-1]
-        for head in range(tree.num_kv_heads):
-            alive = np.asarray(fine.counts[layer, head]) > 0
-            sizes, kept = np.asarray(fine.counts[layer, head])[alive], np.asarray(selection.kept[head])[alive]
-            if kept.any():
-                totals.append(measure(sizes, np.asarray(fine.parents[layer, head])[alive], kept))
-    return [(rows[0][0], *np.mean([row[1:] for row in rows], axis=0)) for rows in zip(*totals, strict=True)]
+        counts, parents = np.asarray(fine.counts[layer]), np.asarray(fine.parents[layer])
+        for token in range(-tokens, 0):
+            q = jnp.asarray(queries[layer, :, token][None], tree.keys.dtype)
+            selected = np.asarray(squeezejax.select(tree, q, layer=layer, log_thresholds=log_T).kept)
+            for head in range(tree.num_kv_heads):
+                alive = counts[head] > 0
+                sizes, kept = counts[head][alive], selected[head][alive]
+                kept_share.append(sizes[kept].sum() / sizes.sum())
+                if kept.any():
+                    totals.append(measure(sizes, parents[head][alive], kept))
+    means = [(rows[0][0], *np.mean([row[1:] for row in rows], axis=0)) for rows in zip(*totals, strict=True)]
+    return float(np.mean(kept_share)), means
 
 
 def table(title: str, found):
@@ -127,15 +131,16 @@ def table(title: str, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("trees", nargs="*", help="saved trees")
+    parser.add_argument("trees", nargs="*", help="saved trees, each followed by its window's queries [L N W H], .npy")
     parser.add_argument("--sparsity", type=float, default=0.9)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     for num_keys, fraction, together in ((2**17, 0.1, 0.0), (2**17, 0.1, 0.5), (2**19, 0.1, 0.5), (2**19, 0.05, 0.9)):
         title = f"{num_keys // 1024}K keys, 5 % clusters, {fraction:.0%} kept, {together:.0%} of them in whole families"
         table(title, synthetic(rng, num_keys, 20, fraction, together))
-    for path in arguments.trees:
-        table(path, saved(path, arguments.sparsity))
+    for path, queries in zip(arguments.trees[::2], arguments.trees[1::2], strict=True):
+        kept, found = saved(path, np.load(queries), arguments.sparsity)
+        table(f"{path}, sparsity {arguments.sparsity:g}: {kept:.1%} of the keys kept", found)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Config:
     """Tuning of the kernel."""
 
     columns: int = 64  # head entries of a tile of centroids in registers at once
+    heads: int = 4  # query heads, at most, for which these are used before they are read again
     ctas_a_multiprocessor: int = 2
 
     def __post_init__(self):
@@ -81,6 +82,7 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
     tiles = lists.num_tiles(C)
     num_ctas = count_ctas(config.ctas_a_multiprocessor)
     pieces = [(h, min(config.columns, H - h)) for h in range(0, H, config.columns)]
+    together = -(-G // -(-G // config.heads))
     scale = 1 / math.sqrt(H)
 
     def body(q_gm, centroids_gm, counts_gm, num_items_gm, off_gm, layer_gm, *refs, centroids_sm, arrived):
@@ -117,18 +119,23 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
             return lax.fori_loop(first, end, step, fetched)
 
         def score_tile(lane, tile, slot, masks, count):
-            dot = [full((TILE,), 0.0, DOWN) for _ in range(G)]
-            for h, width in pieces:
-                part = load(centroids_sm.at[slot, pl.ds(0, TILE), pl.ds(h, width)], MATRIX)
-                for g in range(G):
-                    query = load(q_gm.at[lane, g, pl.ds(h, width)], ALONG).astype(jnp.float32)
-                    dot[g] = dot[g] + jnp.sum(part * columns(query, part.shape), axis=1)
             shape = (TILE, M)
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
             column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-            dots = full(shape, MASKED, MATRIX)
-            for g in range(G):
-                dots = jnp.where(column == g, rows(dot[g] * scale, shape), dots)
+
+            def score_heads(block, dots):
+                heads = [jnp.minimum(block * together + i, G - 1) for i in range(together)]
+                dot = [full((TILE,), 0.0, DOWN) for _ in heads]
+                for h, width in pieces:
+                    part = load(centroids_sm.at[slot, pl.ds(0, TILE), pl.ds(h, width)], MATRIX)
+                    for i, g in enumerate(heads):
+                        query = load(q_gm.at[lane, g, pl.ds(h, width)], ALONG).astype(jnp.float32)
+                        dot[i] = dot[i] + jnp.sum(part * columns(query, part.shape), axis=1)
+                for i, g in enumerate(heads):
+                    dots = jnp.where(column == g, rows(dot[i] * scale, shape), dots)
+                return dots
+
+            dots = lax.fori_loop(0, -(-G // together), score_heads, full(shape, MASKED, MATRIX))
             number = rows(count, shape)
             alive = jnp.logical_and(in_masks(row, masks), number > 0)
             dots = jnp.where(alive, dots, MASKED)

@@ -1,0 +1,250 @@
+"""What `benchmarks.gpu_visit` learns of decode: kernels checked, then steps timed against dense attention.
+
+A time is that of one layer's whole step: the public `attend` with T = 1 (scores, selection, attention to kept keys,
+window and user tokens, merge), at thresholds that keep the wanted fraction, ± 5 % of it.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import squeezejax
+from benchmarks.gpu_trees import cache_of, device_tree, find_thresholds, queries, require, seconds_a_step
+from squeezejax.pallas_kernels import decode, reference_decode, self_check, sparse_decode
+from squeezejax.pallas_kernels.sparse_decode import InOrder, Listed
+
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
+# head size, query heads a key/value head, key/value heads, users, dtype
+SHAPES = [(128, 4, 8, 1, "bfloat16"), (64, 4, 4, 2, "float16"), (96, 9, 2, 1, "bfloat16"), (192, 2, 2, 1, "float16"),
+          (256, 16, 2, 2, "bfloat16"), (128, 1, 32, 1, "bfloat16"), (128, 8, 1, 40, "bfloat16")]  # fmt: skip
+ROOM = 64  # own tokens of every user
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Shapes of one decode step; heads are of 128."""
+
+    num_keys: int = 2**17
+    kept: float = 0.10
+    fractions: tuple[float, ...] = (0.05,)
+    heads: int = 32
+    kv_heads: int = 8
+    users: int = 1
+
+    def __str__(self):
+        levels = f", {len(self.fractions)} levels" if len(self.fractions) > 1 else ""
+        users = f", {self.users} users" if self.users > 1 else ""
+        return f"{self.heads}/{self.kv_heads}, {self.num_keys // 1024}K, {self.kept:.2f}{levels}{users}"
+
+    def shrunk(self) -> "Step":
+        """A step of the same kind that the interpreter can do."""
+        fractions = (0.02, 0.05, 0.2)[-len(self.fractions) :]
+        users = min(self.users, 2)
+        return Step(1280, max(self.kept, 0.2), fractions, 2 * self.heads // self.kv_heads, 2, users)
+
+
+TWO, THREE = (0.01, 0.05), (0.002, 0.01, 0.05)
+# In order of value: the issue's figures, users, then sweeps of context and of the kept fraction.
+STEPS = (
+    Step(), Step(2**19), Step(heads=32, kv_heads=32), Step(2**19, 0.05, TWO), Step(2**15), Step(2**13),
+    Step(users=8), Step(users=32), Step(fractions=TWO),
+    Step(2**20), Step(2**21), Step(2**20, 0.05, TWO), Step(2**21, 0.05, THREE), Step(2**14),
+    *(Step(kept=kept) for kept in (0.02, 0.05, 0.2, 0.3)), Step(2**19, heads=32, kv_heads=32),
+)  # fmt: skip
+LOOK_UPS = tuple((keys, levels) for keys in (2**13, 2**15, 2**17, 2**19, 2**21) for levels in ((0.05,), TWO, THREE))
+SDPA = sorted({(step.heads, step.kv_heads, step.num_keys) for step in STEPS if step.users == 1}, key=lambda x: x[2])
+
+
+def suites() -> dict:
+    """name -> what to run, in order of value."""
+    ceilings = {"ceilings": time_ceilings, "time SDPA of PyTorch": time_torch}
+    times = {f"time {step}": functools.partial(time_step, step) for step in STEPS}
+    look_ups = {
+        f"look up {keys // 1024}K, {len(levels)} levels": functools.partial(look_up, keys, levels)
+        for keys, levels in LOOK_UPS
+    }
+    return ceilings | times | look_ups
+
+
+def checks() -> dict:
+    """name -> what has to be right before any time means something."""
+    return {"check attention": check_attention, "check selection": check_selection, "check step": check_step}
+
+
+def check_attention(dry: bool, seed: int) -> dict:
+    """The attention kernel on random lists, windows and own tokens: the largest error, and two runs bit by bit."""
+    rng = np.random.default_rng(seed)
+    return {"largest error": max(_attention_error(rng, dry, *shape) for shape in (SHAPES[:1] if dry else SHAPES))}
+
+
+def _attention_error(rng, dry: bool, H: int, G: int, K: int, B: int, dtype: str) -> float:
+    K, R = (2, 256) if dry else (K, 4096)
+    random = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    q, keys, values, window, own = (
+        random(*shape) for shape in ((B, K, G, H), (2, K, R, H), (2, K, R, H), (2, K, 100, H), (B, 70, K, H))
+    )
+    own_rows = jnp.asarray(np.repeat(rng.integers(0, 71, (B, 1)), K, 1), jnp.int32)
+    counts = rng.integers(0, R // 8 + 1, B * K).astype(np.int32)
+    counts[0] = 0
+    granules = np.stack([rng.permutation(R // 8) for _ in range(B * K)])
+    items = (granules * 256 + rng.integers(1, 256, granules.shape)).astype(np.int32)
+    listed = Listed(keys, values, jnp.asarray(items), jnp.asarray(counts))
+
+    def attend(function, q, window, own, listed):
+        in_order = (InOrder(window, window, jnp.full((B, K), 100)), InOrder(own, own, own_rows, own=True))
+        return function(q, in_order, listed, 1)
+
+    run = jax.jit(functools.partial(attend, sparse_decode.attend))
+    first, second = (jax.device_get(run(q, window, own, listed)) for _ in range(2))
+    require(all(map(np.array_equal, first, second)), f"two runs differ: H {H}, G {G}, {dtype}")
+    want, want_lse = attend(reference_decode.attend, q, window, own, listed)
+    error = float(np.abs(first[0] - want).max())
+    require(error < TOLERANCE[dtype], f"error {error}: H {H}, G {G}, {dtype}")
+    require(np.abs(first[1] - want_lse).max() < 1e-3, f"lse is wrong: H {H}, G {G}, {dtype}")
+    return error
+
+
+def check_selection(dry: bool, seed: int) -> dict:
+    """What is kept of a three-level tree of 32K keys, head by head, against float64."""
+    step = Step(2**15, 0.3, THREE, users=2)
+    step = step.shrunk() if dry else step
+    tree = _tree(step, seed)
+    q = queries(tree, step.users, step.heads // step.kv_heads, seed)
+    log_T, _ = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
+    active = jnp.ones(step.users, bool)
+    run = jax.jit(lambda tree, q, log_T: decode.select(q, tree.levels, active, jnp.int32(0), log_T, tree.keys.shape[2]))
+    first, second = (jax.device_get(run(tree, q, log_T)) for _ in range(2))
+    require(np.array_equal(first.num_kept, second.num_kept), "two runs differ")
+    differing = 0
+    for b, k in np.ndindex(q.shape[:2]):
+        heads = [jax.tree.map(lambda x, k=k: np.asarray(x[0, k]), level) for level in tree.levels]
+        kept = reference_decode.descend(np.asarray(q[b, k], np.float64), heads, np.asarray(log_T))[-1][1]
+        want = reference_decode.kept_rows(kept, heads[-1].starts, heads[-1].counts)
+        lane = b * step.kv_heads + k
+        rows = [reference_decode.rows_of(run.lists.items[lane, : run.lists.num_items[lane]]) for run in (first, second)]
+        require(np.array_equal(*rows), "two runs list different rows")
+        differing += np.setxor1d(rows[0], want).size
+    # A score within rounding of the threshold may fall on either side: a few clusters of 20 keys.
+    require(differing <= 200, f"{differing} keys kept by one side only")
+    return {"keys kept by one side only": differing, "keys kept": int(first.num_kept.sum())}
+
+
+def check_step(dry: bool, seed: int) -> dict:
+    """The check that lets `None` choose the kernels, for every head size, some groups and both dtypes."""
+    sizes = [(64, 4, "bfloat16")] if dry else [(H, G, dtype) for H, G, _, _, dtype in SHAPES]
+    for size in sizes:
+        self_check.decode_step(*size)
+    return {"sizes": len(sizes)}
+
+
+def time_ceilings(dry: bool, seed: int) -> dict:
+    """What this device can do: bytes a second of a copy, read and written, and flops of a bf16 matrix product."""
+    x = jnp.ones((2**20 if dry else 2**30,), jnp.bfloat16)
+    copy = seconds_a_step(lambda x: x, x, steps=2 if dry else 20)
+    n = 256 if dry else 8192
+    a = jax.random.normal(jax.random.key(seed), (n, n), jnp.bfloat16)
+    product = seconds_a_step(lambda a, b: a @ b, a, a, steps=2 if dry else 20)
+    return {"copy bytes a second": 2 * x.nbytes / copy, "matmul flops a second": 2 * n**3 / product}
+
+
+def time_torch(dry: bool, seed: int) -> dict:
+    """PyTorch's SDPA, every back end, in a process of its own: {shape: {back end: seconds, or why not}}."""
+    shapes = [(4, 2, 256)] if dry else SDPA
+    command = [sys.executable, "-m", "benchmarks.gpu_torch", json.dumps(shapes)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    require(run.returncode == 0, run.stderr[-500:])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def time_step(step: Step, dry: bool, seed: int) -> dict:
+    """One step, ours, against dense attention by our kernel and by cuDNN; what it reads at least."""
+    step = step.shrunk() if dry else step
+    measure = functools.partial(seconds_a_step, steps=1 if dry else 200, rounds=1 if dry else 5)
+    B, K, G, S = step.users, step.kv_heads, step.heads // step.kv_heads, step.num_keys
+    tree = _tree(step, seed)
+    H = tree.keys.shape[3]
+    q = queries(tree, B, G, seed)
+    log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
+    own = jnp.zeros((B, ROOM, K, H), q.dtype)
+
+    def ours(q, tree, own, log_T):
+        found = squeezejax.attend(
+            tree, q.reshape(B, 1, K * G, H), own, own, layer=0, log_thresholds=log_T, implementation="mosaic"
+        )
+        return found[0].reshape(q.shape)
+
+    def dense(q, tree, own):
+        return decode.attend_all(q, cache_of(tree, own, own, jnp.full(B, ROOM)), 0)[0]
+
+    found = {"kept fraction": kept, "ours": measure(ours, q, tree, own, log_T)}
+    found["our dense kernel"] = measure(dense, q, tree, own)
+    if B == 1:  # for more users it would need a copy of the context for each
+        found["cuDNN"] = _attempt(lambda: _time_library(tree, q, measure, "xla" if dry else "cudnn"))
+    read = _look_up_bytes(tree, q, log_T) + B * kept * 2 * K * S * H * tree.keys.dtype.itemsize
+    return found | {"bytes of kept keys, values and centroids": read, "shape": [step.heads, K, S]}
+
+
+def look_up(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -> dict:
+    """Finding the kept clusters alone: centroid bytes read and time, a tenth of the keys kept in the end."""
+    step = Step(num_keys, 0.10, fractions)
+    step = step.shrunk() if dry else step
+    tree = _tree(step, seed, cache=False)
+    q = queries(tree, 1, step.heads // step.kv_heads, seed)
+    log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
+
+    def select(q, tree, log_T):
+        found = decode.select(q, tree.levels, jnp.ones(1, bool), jnp.int32(0), log_T, -(-tree.num_keys // 8) * 8)
+        return q * jnp.sum(found.lists.num_items).astype(q.dtype)
+
+    seconds = seconds_a_step(select, q, tree, log_T, steps=1 if dry else 200, rounds=1 if dry else 5)
+    return {"kept fraction": kept, "seconds": seconds, "centroid bytes": _look_up_bytes(tree, q, log_T)}
+
+
+def _tree(step: Step, seed: int, cache: bool = True):
+    return device_tree(step.num_keys, step.fractions, kv_heads=step.kv_heads, seed=seed, cache=cache)
+
+
+def _kept_fraction(tree, q):
+    """A function of log T f32[levels]."""
+    active = jnp.ones(q.shape[0], bool)
+    R = -(-tree.num_keys // 8) * 8
+
+    @jax.jit
+    def kept(levels, q, log_T):
+        return jnp.mean(decode.select(q, levels, active, jnp.int32(0), log_T, R).num_kept / tree.num_keys)
+
+    return lambda log_T: kept(tree.levels, q, log_T)
+
+
+def _look_up_bytes(tree, q, log_T) -> int:
+    """Bytes of the centroids that a step reads: whole granules of 8."""
+    active = jnp.ones(q.shape[0], bool)
+    R = -(-tree.num_keys // 8) * 8
+    read = jax.jit(lambda levels, q: decode.select(q, levels, active, jnp.int32(0), log_T, R).num_read)(tree.levels, q)
+    return sum(int(level.sum()) for level in read) * 8 * q.shape[3] * 4
+
+
+def _time_library(tree, q, measure, implementation: str) -> float:
+    """jax.nn.dot_product_attention over unpadded keys and values, by token, as it wants them."""
+    B, K, G, H = q.shape
+    keys, values = (cache[:, :, : tree.num_keys].swapaxes(1, 2) for cache in (tree.keys, tree.values))
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+
+    def step(q, keys, values):
+        return attend(q.reshape(B, 1, K * G, H), keys, values).reshape(q.shape)
+
+    return measure(step, q, keys, values)
+
+
+def _attempt(call):
+    """Its result, or why there is none: a missing contender must not hide the others, nor go unsaid."""
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]

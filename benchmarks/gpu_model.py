@@ -1,0 +1,66 @@
+"""What `benchmarks.gpu_visit` learns of a whole model: decode tokens a second of 8B-shaped random weights."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import squeezejax
+from benchmarks.gpu_trees import device_tree, find_thresholds
+from squeezejax.models.config import LlamaConfig
+from squeezejax.models.llama import Llama
+
+SHAPE_8B = LlamaConfig(
+    vocab_size=128_256, model_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
+)
+TINY = LlamaConfig(vocab_size=64, model_dim=64, mlp_dim=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64)
+CONTEXTS = {"32K": (2**15, (0.05,)), "128K": (2**17, (0.05,)), "384K": (3 * 2**17, (0.01, 0.05))}
+
+
+def suites() -> dict:
+    """name -> what to run, in order of value."""
+    return {f"model 8B, {name}": functools.partial(time_model, *context) for name, context in CONTEXTS.items()}
+
+
+def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -> dict:
+    """Seconds a token of `generate`, a tenth of the keys kept, and of `dense_generate`; bytes that a token reads."""
+    config, num_keys, fractions = (TINY, 640, (0.2,)) if dry else (SHAPE_8B, num_keys, fractions)
+    params = jax.jit(lambda key: Llama(config, key=key, dtype=jnp.bfloat16))(jax.random.key(seed))
+    shape = {"layers": config.num_layers, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    tree = device_tree(num_keys, fractions, **shape, seed=seed)
+    few, many = (1, 2) if dry else (8, 72)
+
+    def at(log_T):
+        """The tree with the same thresholds for every sparsity."""
+        table = jnp.broadcast_to(log_T[:, None], (len(fractions), 2))
+        return dataclasses.replace(tree, sparsities=jnp.array([0.0, 1.0]), thresholds=table)
+
+    def run(generate, tree, num_tokens: int):
+        # One token of the user's, so that reading it is a decode step as well.
+        question = jnp.ones((1, 1), jnp.int32)
+        return generate(params, tree, question, max_new_tokens=num_tokens, sparsity=0.5, implementation="mosaic")
+
+    kept_fraction = lambda log_T: run(squeezejax.generate, at(log_T), few).kept_fraction[0]
+    log_T, kept = find_thresholds(kept_fraction, len(fractions), 0.5 if dry else 0.10, coarse=dry)
+    found = {"kept fraction": kept}
+    for name, generate in (("ours", squeezejax.generate), ("dense", squeezejax.dense_generate)):
+        timed = lambda n, generate=generate: _seconds(lambda: run(generate, at(log_T), n), 1 if dry else 3)
+        found[f"{name}, seconds a token"] = (timed(many) - timed(few)) / (many - few)
+    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params.embedding[...].nbytes  # one row of which is read
+    centroids = sum(level.centroids.nbytes for level in tree.levels)  # an upper bound below the coarsest level
+    cache = tree.keys.nbytes + tree.values.nbytes
+    return found | {"weight bytes": weights, "kept bytes": kept * cache, "centroid bytes": centroids}
+
+
+def _seconds(call, rounds: int) -> float:
+    """Median of several calls after one that compiles."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
