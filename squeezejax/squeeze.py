@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from squeezejax import sharding
 from squeezejax.arguments import check_context
@@ -49,7 +50,8 @@ def squeeze(
     clustering, as for `kmeans`.
 
     Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
-    are not finite, a checkpoint of another build or a damaged one, and what surely does not fit in memory.
+    are not finite, a checkpoint of another build or a damaged one, and a build that surely does not fit in memory;
+    NotImplementedError for a checkpoint on several hosts.
     """
     tokens = check_context(tokens, params.config.vocab_size)
     length = tokens.shape[1]
@@ -66,8 +68,8 @@ def squeeze(
     saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
     if saved is not None and saved.num_layers:
         for i in range(saved.num_layers):
-            tree = write_layer(tree, saved.layer(i), i, L)
-        queries, x = saved.state(x.dtype)
+            tree = write_layer(tree, _beside(x, saved.layer(i)), i, L)
+        queries, x = saved.state(x)
         report.skip(saved.num_layers)
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
@@ -86,6 +88,12 @@ def squeeze(
     if saved is not None:
         saved.remove()
     return tree
+
+
+def _beside(x, layer: Tree) -> Tree:
+    """A layer that was loaded, whole on every device of the mesh on which x lies."""
+    mesh = sharding.mesh_of(x)
+    return layer if mesh is None else jax.device_put(layer, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
 def cluster_layer(keys, values, index: int, *options) -> Tree:

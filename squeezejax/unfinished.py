@@ -28,6 +28,10 @@ class Unfinished:
 
     def __init__(self, folder, params, context_hash, config, seeds):
         """Opens or makes the folder. Raises ValueError for one that holds another build, or anything else."""
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                "finished layers are kept by a single process: give no checkpoint on several hosts"
+            )
         self.folder = Path(folder)
         self._state = self.folder / "state.npz"
         self._build = {
@@ -56,12 +60,12 @@ class Unfinished:
         layer = dataclasses.replace(layer, fingerprint=None, context_hash=None)  # marks of a finished tree
         return jax.tree.map(lambda leaf: leaf[0], layer)
 
-    def state(self, dtype):
-        """(queries of every finished layer, the hidden states that the last one left), all of `dtype`."""
+    def state(self, like):
+        """(queries of every finished layer, hidden states that the last one left), of the dtype and place of `like`."""
         with self._reading() as state:
             # NumPy files know no bfloat16: its bits come back as two nameless bytes.
-            queries, x = (jnp.asarray(state[name].view(dtype)) for name in ("queries", "x"))
-        return list(queries), x
+            queries, x = (state[name].view(like.dtype) for name in ("queries", "x"))
+        return list(jnp.asarray(queries)), jax.device_put(x, like.sharding)
 
     def write(self, index: int, layer: Tree, queries: list, x):
         """Layer `index` is finished: its arrays, without the axis L, all queries up to it, and what comes out of it."""

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import oracle
 import pytest
-import torch_models
 
 import squeezejax
 from squeezejax import SqueezeConfig, parts
@@ -90,6 +89,29 @@ def test_squeeze(params, tree, monkeypatch, tmp_path):
     assert_same(squeezejax.load(tmp_path / "tree"), found)
 
 
+def test_an_interrupted_build_and_an_append(params, tree, tmp_path):
+    """What a build left behind, and a tree to append to, are taken up again where their shares belong."""
+    mesh = make_mesh(data=2, model=2, context=2)
+    spread = jax.device_put(params, squeezejax.shardings(mesh, params))
+
+    def stop(progress):
+        if progress.stage == f"layer 2/{L}":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        squeezejax.squeeze(spread, CONTEXT, CONFIG, progress=stop, checkpoint=tmp_path / "build")
+    found = squeezejax.squeeze(spread, CONTEXT, CONFIG, checkpoint=tmp_path / "build")
+    assert_same(found, squeezejax.squeeze(spread, CONTEXT, CONFIG))
+
+    more = np.random.default_rng(6).integers(0, 31, len(CONTEXT) - W)
+    found, one = (squeezejax.append(*of, more) for of in ((spread, found), (params, tree)))
+    assert found.parts == 2
+    ours, theirs = (in_context_order(t, t.keys) for t in (found, one))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    answers = [squeezejax.prefill(*of, QUESTIONS, sparsity=0.0).logits for of in ((spread, found), (params, one))]
+    np.testing.assert_allclose(*answers, atol=1e-3)
+
+
 @pytest.fixture
 def shares(monkeypatch):
     """(entries of a device's share, of the whole array) of every array made from a callback."""
@@ -129,6 +151,7 @@ def test_load(axes, tree, tmp_path, shares):
 @pytest.mark.parametrize("axes", [{"model": 2, "context": 2}, {"data": 2, "model": 4}])
 @pytest.mark.parametrize("slab_bytes", [100, 8 << 20])
 def test_load_of_a_model(axes, slab_bytes, tmp_path, shares, monkeypatch):
+    torch_models = pytest.importorskip("torch_models", exc_type=ImportError)  # PyTorch is not everywhere
     torch_models.make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
     whole = squeezejax.models.load(tmp_path)
     monkeypatch.setattr(squeezejax.models.checkpoint, "_SLAB_BYTES", slab_bytes)
