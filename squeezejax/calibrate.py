@@ -64,7 +64,7 @@ def calibrate(tree: Tree, queries) -> Tree:
         raise ValueError("calibration needs at least one query token")
     if not bool(jnp.all(jnp.isfinite(queries))):
         raise ValueError("queries hold values that are not finite")
-    counts = [np.asarray(level.counts).ravel() for level in tree.levels]
+    counts = [sharding.whole_on_host(level.counts).ravel() for level in tree.levels]
     coarsest = np.stack([_coarsest_scores(tree, queries[layer], layer) for layer in range(L)])  # [L K C]
     grid = GRID if len(counts) > 1 else _with_steps(GRID, coarsest.ravel(), counts[0])
     table = np.empty((0, len(grid)), np.float32)
@@ -147,7 +147,7 @@ def _restricted_scores(tree: Tree, queries, layer: int, coarsest, above) -> np.n
     depths = range(1, len(above) + 1)
     dots = {depth: np.asarray(_dots(tree, queries, layer, depth)) for depth in depths}
     levels = [
-        jax.tree.map(lambda leaf: np.asarray(leaf[layer]), (tree.levels[d].counts, tree.levels[d].parents))
+        jax.tree.map(lambda leaf: sharding.to_host(leaf[layer]), (tree.levels[d].counts, tree.levels[d].parents))
         for d in depths
     ]
     found = []
