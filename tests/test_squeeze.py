@@ -31,7 +31,7 @@ def context(length, seed=0):
 def ordered_clusters(monkeypatch):
     """Cuts a head's keys into five clusters in their order, so that what is tested is the prefill alone."""
 
-    def build_layer(keys, values, config, seed):
+    def build_layer(keys, values, config, *_):
         S = keys.shape[1] - config.observation_window
         labels = np.broadcast_to(np.arange(S) * 5 // S, (1, keys.shape[0], S))
         return jax.tree.map(lambda leaf: leaf[0], build_tree(keys[None], values[None], config, labels=(labels,)))
