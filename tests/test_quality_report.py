@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+import squeezejax
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import report
+from benchmarks.quality import measure, report
 
 
 def record(method, found, *, task="facts", seed=0, budget=0.1, match="keys"):
@@ -55,8 +56,18 @@ def test_intervals_narrow_with_contexts():
     assert narrow_high - mean == pytest.approx(1.96 / 40, rel=0.25)
 
 
+def build_by_position(keys, values, config):
+    """A tree without K-means, which takes long to compile: clusters of neighbours."""
+    S = keys.shape[2] - config.observation_window
+    coarse, fine = config.num_clusters(S)
+    each = lambda labels: np.broadcast_to(labels, (*keys.shape[:2], len(labels)))
+    labels = (each(np.arange(fine) * coarse // fine), each(np.arange(S) * fine // S))
+    return squeezejax.build_tree(keys, values, config, labels=labels)
+
+
 def test_one_command_from_model_to_tables_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SETTINGS", {"sparsity": (0.5, 0.9)})
+    monkeypatch.setattr(measure, "build_tree", build_by_position)
     command = ["quality", "--out", str(tmp_path), "--lengths", "300", "--tasks", "single", "--contexts", "1"]
     command += ["--methods", "squeezed_flat", "quest", "--budgets", "0.25"]
     monkeypatch.setattr(sys, "argv", command)
