@@ -1,12 +1,14 @@
 """The offline half and prefill compiled for an H200, without one: part of `python -m benchmarks.compile_kernels`."""
 
+import dataclasses
+
 from benchmarks import deviceless  # before JAX: it sets its environment
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
-from squeezejax.pallas_kernels import dispatch, kmeans_assign  # isort: skip
+from squeezejax.pallas_kernels import dispatch, kmeans_assign, sparse_prefill  # isort: skip
 
 
 def cases():
@@ -15,6 +17,12 @@ def cases():
         for with_second in (False, True):
             name = f"nearest {'two' if with_second else 'one'} of 6,553 centres, 8 x 131,072 keys of {head_dim}"
             yield name, lambda H=head_dim, second=with_second: compile_assignment(H, second)
+    for head_dim, config in sparse_prefill.CONFIGS.items():
+        for in_registers in (False, True):
+            form = dataclasses.replace(config, in_registers=in_registers)
+            where = "registers" if in_registers else "shared memory"
+            name = f"8 blocks of 512 rows, 8 heads of {head_dim}, probabilities in {where}"
+            yield name, lambda H=head_dim, form=form: compile_prefill(H, form)
 
 
 def compile_assignment(head_dim: int, with_second: bool) -> deviceless.Program:
@@ -26,6 +34,15 @@ def compile_assignment(head_dim: int, with_second: bool) -> deviceless.Program:
         return [a for a in found if a is not None]
 
     return deviceless.compile_program(assign, *deviceless.on_device((rows(131_072), rows(6553))))
+
+
+def compile_prefill(head_dim: int, config: sparse_prefill.Config) -> deviceless.Program:
+    """Attention of 8 blocks of 128 tokens and 4 query heads a key/value head over listed rows of 131,072."""
+    shape = jax.ShapeDtypeStruct
+    q, cache = shape((64, 512, head_dim), jnp.bfloat16), shape((2, 8, 131_072, head_dim), jnp.bfloat16)
+    lists = shape((64, 16_384), jnp.int32), shape((64,), jnp.int32), shape((), jnp.int32)
+    attend = lambda *arguments: sparse_prefill.attend_items(*arguments, config=config)
+    return deviceless.compile_program(attend, *deviceless.on_device((q, cache, cache, *lists)))
 
 
 def compile_kmeans(heads: int = 8, num_keys: int = 131_072, head_dim: int = 128) -> deviceless.Program:

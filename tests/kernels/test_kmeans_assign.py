@@ -147,9 +147,12 @@ CHECKS = ("head_sizes", "ties", "mapped", "not_numbers", "drawn", "whole")
 
 @pytest.mark.parametrize("checks", [CHECKS[:4], CHECKS[4:]], ids=" ".join)
 def test_interpreted(checks):
+    # NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which
+    # wait for one another there, sometimes wait for ever.
+    options = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
     run = subprocess.run(
-        [sys.executable, __file__, *checks],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, __file__, *checks], env=os.environ | options,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
 
