@@ -4,14 +4,18 @@ Letters: B batch, T query tokens, S keys, N query heads, K key/value heads, G = 
 is `(out, lse)`: out the attention over its own keys, lse the log of its softmax's denominator, both float32.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from squeezejax import estimate as estimates
+from squeezejax import sharding
+from squeezejax.estimate import Estimate
 from squeezejax.pallas_kernels import dispatch, reference
-from squeezejax.select import check_queries, resolve_thresholds, select_lanes, split_heads
+from squeezejax.select import check_queries, select_lanes, split_heads
 from squeezejax.tree import Tree
 
 # Finite, so that a fully masked row stays free of NaN: its lse is about MASKED, and merging gives it no weight.
@@ -43,6 +47,14 @@ def merge(*partials):
     total = sum(weights)
     out = sum(out * (weight / total)[..., None] for out, weight in zip(outs, weights, strict=True))
     return out, top + jnp.log(total)
+
+
+def merge_shards(out, lse, axis: str):
+    """`merge` of one (out, lse) a device along an axis of the enclosing shard_map."""
+    top = jax.lax.pmax(lse, axis)
+    weight = jnp.exp(lse - top)
+    total = jax.lax.psum(weight, axis)
+    return jax.lax.psum(out * (weight / total)[..., None], axis), top + jnp.log(total)
 
 
 def causal_attention(q, k, v, *, block: int = 256):
@@ -101,6 +113,7 @@ class Attended(NamedTuple):
     out: jax.Array  # f32[B T N H]
     lse: jax.Array  # f32[B T N]
     kept: jax.Array  # f32[B], kept clustered keys / S, averaged over key/value heads and valid query tokens
+    missed: jax.Array | None = None  # f32[B], estimated missed mass, averaged likewise; None where nothing is estimated
 
 
 def attend(
@@ -114,6 +127,8 @@ def attend(
     lengths=None,
     sparsity=None,
     log_thresholds=None,
+    tail: bool = False,
+    min_mass=None,
     implementation: str | None = None,
 ):
     """Attention of user tokens over kept keys ∪ window ∪ user tokens so far (spec.md, Online 6; paper section 3.2).
@@ -123,10 +138,11 @@ def attend(
     from `lengths` i32[B] on (default T') are padding: they are neither attended nor counted in any mean. Every
     `tree.config.query_block` tokens, counted from q's first, share one selection. `sparsity` (default the tree's) or
     `log_thresholds` f32[levels] may be traced. Where no implementation is named, a sparsity at which selecting cannot
-    pay keeps every key (fallback.py).
+    pay keeps every key (fallback.py). `min_mass`, which may be traced, chooses by mass in place of thresholds, and
+    `tail` adds what the centroids tell of the keys not kept (estimate.py); both run as plain XLA.
 
-    Gives (out f32[B T N H], lse f32[B T N]), lse being the log of the softmax's denominator. Raises ValueError for
-    shapes that do not fit, NotImplementedError for an implementation that cannot run here.
+    Gives (out f32[B T N H], lse f32[B T N]), lse being the log of the softmax's denominator, the tail's part included.
+    Raises ValueError for shapes that do not fit, NotImplementedError for an implementation that cannot run here.
     """
     check_queries(tree, q, "B T N H")
     B, T, _, H = q.shape
@@ -136,47 +152,149 @@ def attend(
         )
     start = jnp.full(B, k.shape[1] - T, jnp.int32) if start is None else _per_user(start, B, "start")
     lengths = jnp.full(B, k.shape[1], jnp.int32) if lengths is None else _per_user(lengths, B, "lengths")
-    log_T = resolve_thresholds(tree, sparsity, log_thresholds, implementation)
-    attended = _attend_user(tree, q, k, v, layer, start, lengths, log_T, dispatch.resolve(implementation))
+    log_T, estimate = estimates.resolve(
+        tree,
+        tail=tail,
+        min_mass=min_mass,
+        sparsity=sparsity,
+        log_thresholds=log_thresholds,
+        implementation=implementation,
+    )
+    sharding.check_users(tree, B)
+    implementation = dispatch.resolve(implementation)
+    attended = _attend_user(tree, q, k, v, layer, start, lengths, log_T, estimate, implementation=implementation)
     return attended.out, attended.lse
 
 
-def attend_user(tree: Tree, q, k, v, layer, start, lengths, log_T, implementation: str) -> Attended:
-    """`attend` with every argument resolved; log_T None attends to every fixed key (dense attention)."""
+# Without jit every call would compile its loops again: their bodies are new functions each time.
+@functools.partial(jax.jit, static_argnames="implementation")
+def _attend_user(tree: Tree, *args, implementation: str) -> Attended:
+    *args, estimate = args
+    return attend_user(sharding.local_numbers(tree), *args, implementation, estimate)
+
+
+def attend_user(
+    tree: Tree, q, k, v, layer, start, lengths, log_T, implementation: str, estimate: Estimate | None = None
+) -> Attended:
+    """`attend` with every argument resolved, for a tree with `local_numbers`.
+
+    log_T None attends to every fixed key (dense attention), unless `estimate` chooses them by mass.
+    """
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return _attend_tokens(tree, q, k, v, layer, start, lengths, log_T, implementation, estimate=estimate)
+    context = sharding.context_axis(mesh)
+    if estimate is not None and context:
+        raise NotImplementedError("tail, min_mass and missed_mass need the whole context on every device of the mesh")
+
+    def attend_shard(*args):
+        *args, estimate = args
+        out, lse, *shares = _attend_tokens(*args, implementation, context=context, estimate=estimate)
+        mean = lambda share: jax.lax.pmean(share, "model") if "model" in mesh.shape else share
+        return Attended(out, lse, *jax.tree.map(mean, shares))
+
+    # All query heads of a group go where its keys are, also where several devices share them: one selection needs all.
+    heads, user, whole = sharding.spec(mesh, "BTK"), sharding.spec(mesh, "B"), sharding.spec(mesh, "")
+    in_specs = (sharding.specs(mesh, tree), heads, heads, heads, whole, user, user, whole, whole)
+    call = sharding.map_shards(attend_shard, mesh, in_specs, Attended(heads, heads, user, user))
+    return call(tree, q, k, v, jnp.asarray(layer, jnp.int32), start, lengths, log_T, estimate)
+
+
+def _attend_tokens(
+    tree: Tree,
+    q,
+    k,
+    v,
+    layer,
+    start,
+    lengths,
+    log_T,
+    implementation: str,
+    context: str | None = None,
+    estimate: Estimate | None = None,
+) -> Attended:
+    """`attend_user` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
     B, T, N, H = q.shape
+    if T == 1 and estimate is None:
+        kernels = dispatch.decode_kernels(implementation, q, tree.keys, tree.window_keys, k, split=context is not None)
+        if kernels is not None:
+            return _decode_fixed(kernels, tree, q, k, v, layer, start, lengths, log_T)
     block = min(tree.config.query_block or T, T)
     num_blocks = -(-T // block)
     groups = split_heads(q, tree.num_kv_heads)
     groups = jnp.pad(groups, ((0, 0), (0, num_blocks * block - T), (0, 0), (0, 0), (0, 0)))
 
-    def attend_block(index):
+    def read_block(index):  # -> (its queries, which tokens take part, attention to the user's own tokens)
         first = index * block
         token = first + jnp.arange(block)[None, :]
         row = start[:, None] + token
         valid = (row < lengths[:, None]) & (token < T)
         part = jax.lax.dynamic_slice_in_dim(groups, first, block, axis=1)
-        fixed, kept = _attend_fixed(tree, part, valid, layer, log_T, implementation)
         with jax.named_scope("attend_user_tokens"):
             column = jnp.arange(k.shape[1])[None, None, :]
             mask = (column <= row[:, :, None]) & (column < lengths[:, None, None])
-            own = partial_attention(part, k, v, mask)
-        out, lse = merge(*fixed, own)
-        return out, lse, kept, jnp.sum(valid.astype(jnp.float32), axis=1)
+            return part, valid, partial_attention(part, k, v, mask)
 
-    if num_blocks == 1:
-        out, lse, kept, _ = attend_block(0)
+    def attend_block(index):
+        part, valid, own = read_block(index)
+        if estimate is not None:
+            found = _attend_estimated(tree, part, valid, layer, log_T, estimate, own)
+        else:
+            fixed, kept = _attend_fixed(tree, part, valid, layer, log_T, implementation, context)
+            found = Attended(*merge(*fixed, own), kept)
+        return found, jnp.sum(valid.astype(jnp.float32), axis=1)
+
+    if T > 1 and estimate is None:
+        kernels = dispatch.prefill_kernels(implementation, q, tree.keys, split=context is not None)
     else:
-        out, lse, kept, tokens = jax.lax.map(attend_block, jnp.arange(num_blocks))
+        kernels = None
+    if num_blocks == 1 and kernels is None:
+        (out, lse, *shares), _ = attend_block(0)
+    elif kernels is not None:
+        all_blocks = groups.reshape(B, num_blocks, block, *groups.shape[2:]).swapaxes(0, 1)
+        attended, tokens = _prefill_fixed(kernels, tree, all_blocks, read_block, layer, log_T)
+    else:
+        attended, tokens = jax.lax.map(attend_block, jnp.arange(num_blocks))
+    if num_blocks > 1 or kernels is not None:
+        out, lse, *shares = attended
         out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, num_blocks * block, *x.shape[3:]) for x in (out, lse))
-        kept = jnp.sum(kept * tokens, axis=0) / jnp.maximum(jnp.sum(tokens, axis=0), 1.0)
-    return Attended(out[:, :T].reshape(B, T, N, H), lse[:, :T].reshape(B, T, N), kept)
+        mean = lambda share: jnp.sum(share * tokens, axis=0) / jnp.maximum(jnp.sum(tokens, axis=0), 1.0)
+        shares = jax.tree.map(mean, shares)
+    return Attended(out[:, :T].reshape(B, T, N, H), lse[:, :T].reshape(B, T, N), *shares)
 
 
-# Without jit every call would compile its loops again: their bodies are new functions each time.
-_attend_user = jax.jit(attend_user, static_argnames="implementation")
+def _prefill_fixed(kernels, tree: Tree, q, read_block, layer, log_T):
+    """By the prefill kernels: q [blocks B T K G H], one selection a block and user -> (`Attended` a block, its tokens).
+
+    Block by block what is kept and what needs no selection, then the kept keys of all blocks in one launch.
+    """
+    n, B, T, K, G, H = q.shape
+    to_rows = lambda x: jnp.swapaxes(x, -4, -3).reshape(*x.shape[:-4], K, T * G, H)
+    back = lambda x: jnp.swapaxes(x.reshape(-1, B, K, T, G, *x.shape[2:]), 2, 3)
+    finest = tree.levels[-1]
+
+    def visit(index):
+        part, valid, attended = read_block(index)
+        if tree.window_keys.shape[2]:
+            window = _attend_window(tree, to_rows(part), layer)
+            attended = merge(attended, tuple(back(x.reshape(B * K, *x.shape[2:]))[0] for x in window))
+        if log_T is None:
+            kept = jnp.ones((B, *finest.counts.shape[1:]), bool)
+        else:
+            kept = select_lanes(tree, part, valid, layer, log_T).clusters
+        return attended, kept, jnp.sum(valid.astype(jnp.float32), axis=1)
+
+    attended, kept, tokens = jax.lax.map(visit, jnp.arange(n))
+    with jax.named_scope("attend_kept_keys"):
+        found = kernels.attend_kept(
+            to_rows(q).reshape(n * B * K, T * G, H), tree.keys, tree.values, kept.reshape(n * B * K, -1),
+            finest.starts[layer], finest.counts[layer], layer,
+        )  # fmt: skip
+    share = jnp.mean(found.num_kept.reshape(n, B, K).astype(jnp.float32), axis=2) / tree.num_keys
+    return Attended(*merge(attended, (back(found.out), back(found.lse))), share), tokens
 
 
-def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str):
+def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str, context: str | None = None):
     """q [B T K G H], one selection a user, over the fixed context -> ([(out, lse), …], kept fraction f32[B])."""
     B, T, K, G, H = q.shape
     rows = q.transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
@@ -186,39 +304,70 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str):
             return *reference.attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer), jnp.ones(B)
 
     def kept_keys():
-        runs = select_lanes(tree, q, valid, layer, log_T).runs
-        with jax.named_scope("attend_kept_keys"):
-            flat = lambda x: x.reshape(-1, *x.shape[2:])
-            head = jnp.tile(layer * K + jnp.arange(K), B)
-            out, lse = reference.attend_runs(
-                flat(rows), flat(tree.keys), flat(tree.values), jax.tree.map(flat, runs), head
-            )
-        kept = jnp.mean(runs.num_rows.astype(jnp.float32), axis=1) / tree.num_keys
-        return out.reshape(rows.shape), lse.reshape(rows.shape[:-1]), kept
+        runs = select_lanes(tree, q, valid, layer, log_T, context).runs
+        num_rows = jnp.mean(runs.num_rows.astype(jnp.float32), axis=1)
+        kept = (jax.lax.psum(num_rows, context) if context else num_rows) / tree.num_keys
+        return *_attend_runs(tree, rows, runs, layer), kept
 
-    kernels = dispatch.decode_kernels(implementation, q[:, 0], tree.keys, tree.levels) if T == 1 else None
-    if kernels:
-        out, lse, kept = _decode_fixed(kernels, tree, q[:, 0], valid[:, 0], layer, log_T)
-    elif log_T is None:
+    if log_T is None:
         out, lse, kept = every_key()
     else:
         # A threshold of −∞ keeps every key, and reading them in order costs half of reading them by list.
         out, lse, kept = jax.lax.cond(jnp.all(log_T == -jnp.inf), every_key, kept_keys)
-    partials = [(out, lse)]
+    # Merged here, before the window, which every device holds.
+    partials = [merge_shards(out, lse, context) if context else (out, lse)]
     if tree.window_keys.shape[2]:
-        with jax.named_scope("attend_window"):
-            everything = jnp.ones((K, tree.window_keys.shape[2]), bool)
-            partials.append(reference.attend_all(rows, tree.window_keys, tree.window_values, everything, layer))
+        partials.append(_attend_window(tree, rows, layer))
     back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)
     return [(back(out), back(lse)) for out, lse in partials], kept
 
 
-def _decode_fixed(kernels, tree: Tree, q, active, layer, log_T):
-    """By the decode kernels: q [B K G H], one token a user -> (out f32[B K G H], lse, kept fraction f32[B])."""
-    if log_T is None:
-        return *kernels.attend_all(q, tree.keys, tree.values, tree.num_keys, layer), jnp.ones(q.shape[0])
-    found = kernels.attend_kept(q, tree.keys, tree.values, tree.levels, active, layer, log_T)
-    return found.out, found.lse, jnp.mean(found.num_kept.astype(jnp.float32), axis=1) / tree.num_keys
+def _attend_runs(tree: Tree, rows, runs, layer):
+    """rows [B K M H] over the kept rows of every user and head -> (out f32[B K M H], lse f32[B K M])."""
+    B, K = rows.shape[:2]
+    with jax.named_scope("attend_kept_keys"):
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        head = jnp.tile(layer * K + jnp.arange(K), B)
+        out, lse = reference.attend_runs(flat(rows), flat(tree.keys), flat(tree.values), jax.tree.map(flat, runs), head)
+    return out.reshape(rows.shape), lse.reshape(rows.shape[:-1])
+
+
+def _attend_window(tree: Tree, rows, layer):
+    """rows [B K M H] over the observation window -> (out f32[B K M H], lse f32[B K M])."""
+    with jax.named_scope("attend_window"):
+        everything = jnp.ones((rows.shape[1], tree.window_keys.shape[2]), bool)
+        return reference.attend_all(rows, tree.window_keys, tree.window_values, everything, layer)
+
+
+def _attend_estimated(tree: Tree, q, valid, layer, log_T, estimate: Estimate, own) -> Attended:
+    """q [B T K G H], one selection a user, over the fixed context and, as `own` has it, the user's tokens."""
+    B, T, K, G, _ = q.shape
+    to_rows = lambda x: x.swapaxes(1, 2).reshape(B, K, T * G, *x.shape[4:])
+    back = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2)
+    rows, row_valid = to_rows(q), jnp.repeat(valid, G, axis=1)
+    attended = tuple(to_rows(x) for x in own)
+    if tree.window_keys.shape[2]:
+        attended = merge(attended, _attend_window(tree, rows, layer))
+    runs, rest = estimates.choose(tree, rows, row_valid, layer, log_T, estimate)
+    attended = merge(attended, _attend_runs(tree, rows, runs, layer))
+    left = functools.reduce(jnp.logaddexp, [lse for _, lse in rest])
+    missed = jnp.where(row_valid[:, None], jax.nn.sigmoid(left - attended[1]), 0.0)
+    missed = jnp.sum(missed, axis=(1, 2)) / (K * jnp.maximum(jnp.sum(row_valid.astype(jnp.float32), axis=1), 1.0))
+    if estimate.tail:
+        attended = merge(attended, *rest)
+    kept = jnp.mean(runs.num_rows.astype(jnp.float32), axis=1) / tree.num_keys
+    return Attended(*(back(x) for x in attended), kept, missed)
+
+
+def _decode_fixed(kernels, tree: Tree, q, k, v, layer, start, lengths, log_T) -> Attended:
+    """`attend_user` for one token a user, q [B 1 N H], by the decode kernels: fixed context, window and own tokens."""
+    B, _, N, H = q.shape
+    own_rows = jnp.minimum(start + 1, lengths)
+    cache = kernels.Cache(tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, k, v, own_rows)
+    groups = split_heads(q, tree.num_kv_heads)[:, 0]
+    out, lse, num_kept = kernels.attend_kept(groups, cache, tree.levels, start < lengths, layer, log_T)
+    kept = jnp.mean(num_kept.astype(jnp.float32), axis=1) / tree.num_keys
+    return Attended(out.reshape(B, 1, N, H), lse.reshape(B, 1, N), kept)
 
 
 def _per_user(value, B: int, name: str):
