@@ -12,11 +12,14 @@ from squeezejax.append import append
 from squeezejax.attention import attend
 from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
+from squeezejax.estimate import add_value_centroids
 from squeezejax.generate import Generation, State, decode, dense_generate, generate, prefill
 from squeezejax.kmeans import KMeans, kmeans
+from squeezejax.parts import split_context
 from squeezejax.plan import Plan, plan
 from squeezejax.progress import Progress
 from squeezejax.select import Selection, select
+from squeezejax.sharding import shardings
 from squeezejax.squeeze import squeeze
 from squeezejax.storage import Header, TreeFileError, load, read_header, save
 from squeezejax.tree import Level, Tree, build_tree
@@ -33,6 +36,7 @@ __all__ = [
     "State",
     "Tree",
     "TreeFileError",
+    "add_value_centroids",
     "append",
     "attend",
     "build_tree",
@@ -48,6 +52,8 @@ __all__ = [
     "read_header",
     "save",
     "select",
+    "shardings",
+    "split_context",
     "squeeze",
 ]
 

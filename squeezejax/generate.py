@@ -7,18 +7,20 @@ in the tree, once, whatever the number of users. Every forward pass runs the mod
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import estimate as estimates
+from squeezejax import sharding
 from squeezejax.arguments import check_lengths, check_model, check_tokens
 from squeezejax.attention import attend_user
+from squeezejax.estimate import Estimate
 from squeezejax.memory import check_state_fits
 from squeezejax.pallas_kernels import dispatch
 from squeezejax.sampling import Sampling, sample, sampling_of
-from squeezejax.select import resolve_thresholds
 from squeezejax.tree import Tree
 
 DEFAULT_ROOM = 128  # rows that a state keeps free for later tokens, unless told otherwise
@@ -35,6 +37,15 @@ class State:
     logits: jax.Array  # f32[B V], for the token that comes next
     kept_fraction: jax.Array  # f32[B], kept clustered keys / S of the prefill that came last
 
+    # Axes by attribute; what `squeezejax.shardings` splits a state by.
+    AXES: ClassVar[dict[str, str]] = {
+        "keys": "LBTKH",
+        "values": "LBTKH",
+        "lengths": "B",
+        "logits": "BV",
+        "kept_fraction": "B",
+    }
+
     @property
     def room(self) -> int:
         """T', rows of the cache."""
@@ -50,6 +61,8 @@ class Generation:
     lengths: jax.Array  # i32[B], generated tokens, the stop token counted
     kept_fraction: jax.Array  # f32[B], kept clustered keys / S, mean over layers, key/value heads and decode steps
     prefill_kept_fraction: jax.Array  # f32[B], the same for the user's tokens
+    missed_mass: jax.Array | None = None  # f32[B], estimated attention to keys not kept, of all attention; mean over
+    # layers, heads and decode steps (estimate.py); None unless asked for, or tail or min_mass are used
 
 
 def generate(
@@ -60,6 +73,9 @@ def generate(
     max_new_tokens: int = 128,
     lengths=None,
     sparsity=None,
+    tail: bool = False,
+    min_mass=None,
+    missed_mass: bool = False,
     temperature=0.0,
     top_k=None,
     top_p=None,
@@ -75,13 +91,25 @@ def generate(
     `stop_tokens`. `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
     "mosaic".
 
+    Three options estimate from centroids what is not read (estimate.py; plain XLA): `min_mass`, in place of
+    a sparsity, keeps the fewest clusters that hold this much of the estimated attention, and may be traced;
+    `tail` adds the estimated part of what is not kept, for trees with `add_value_centroids`; `missed_mass` has the
+    answer say how much that was, as the other two do.
+
     One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit`.
     Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
     does not fit in memory.
     """
-    log_T = resolve_thresholds(tree, sparsity, None, implementation)
+    log_T, estimate = estimates.resolve(
+        tree,
+        tail=tail,
+        min_mass=min_mass,
+        missed_mass=missed_mass,
+        sparsity=sparsity,
+        implementation=implementation,
+    )
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    return _generate(params, tree, tokens, lengths, log_T, sampling, max_new_tokens, implementation)
+    return _generate(params, tree, tokens, lengths, log_T, sampling, max_new_tokens, implementation, estimate)
 
 
 def dense_generate(
@@ -114,18 +142,21 @@ def prefill(
     capacity: int | None = None,
     lengths=None,
     sparsity=None,
+    tail: bool = False,
+    min_mass=None,
     implementation: str | None = None,
 ) -> State:
     """Reads user input and returns the state from which `decode` goes on.
 
-    tokens, lengths, sparsity, implementation as for `generate`. `state` continues a conversation: the tokens then
-    follow what it holds. `capacity` is the room for later tokens, in tokens, beyond these (default 128).
+    tokens, lengths, sparsity, tail, min_mass, implementation as for `generate`. `state` continues a conversation: the
+    tokens then follow what it holds. `capacity` is the room for later tokens, in tokens, beyond these (default 128).
     Raises ValueError as `generate` does, and for a state of another batch size.
     """
     check_model(params, tree)
     tokens = check_tokens(tokens, params.config.vocab_size)
     B, T = tokens.shape
     lengths = check_lengths(lengths, B, T)
+    sharding.check_users(tree, B)
     extra = DEFAULT_ROOM if capacity is None else capacity
     if extra < 0:
         raise ValueError(f"capacity must be at least 0, got {capacity}")
@@ -136,8 +167,10 @@ def prefill(
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    log_T = resolve_thresholds(tree, sparsity, None, implementation)
-    return _prefill(params, tree, state, tokens, lengths, log_T, dispatch.resolve(implementation))
+    log_T, estimate = estimates.resolve(
+        tree, tail=tail, min_mass=min_mass, sparsity=sparsity, implementation=implementation
+    )
+    return _prefill(params, tree, state, tokens, lengths, log_T, dispatch.resolve(implementation), estimate)
 
 
 def decode(
@@ -147,6 +180,9 @@ def decode(
     num_tokens: int,
     *,
     sparsity=None,
+    tail: bool = False,
+    min_mass=None,
+    missed_mass: bool = False,
     temperature=0.0,
     top_k=None,
     top_p=None,
@@ -163,35 +199,56 @@ def decode(
     check_model(params, tree)
     _check_count(num_tokens)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    log_T = resolve_thresholds(tree, sparsity, None, implementation)
+    log_T, estimate = estimates.resolve(
+        tree,
+        tail=tail,
+        min_mass=min_mass,
+        missed_mass=missed_mass,
+        sparsity=sparsity,
+        implementation=implementation,
+    )
     state = _with_room(state, num_tokens)
-    return _decode(params, tree, state, log_T, sampling, num_tokens, dispatch.resolve(implementation))
+    return _decode(params, tree, state, log_T, sampling, num_tokens, dispatch.resolve(implementation), estimate)
 
 
-def _generate(params, tree, tokens, lengths, log_T, sampling: Sampling, max_new_tokens: int, implementation):
-    """Both kinds of generate, after their thresholds are known; log_T None is dense attention."""
+def _generate(
+    params,
+    tree,
+    tokens,
+    lengths,
+    log_T,
+    sampling: Sampling,
+    max_new_tokens: int,
+    implementation,
+    estimate: Estimate | None = None,
+):
+    """Both kinds of generate, after their thresholds are known; log_T None is dense attention, or estimated."""
     check_model(params, tree)
     tokens = check_tokens(tokens, params.config.vocab_size)
     lengths = check_lengths(lengths, *tokens.shape)
+    sharding.check_users(tree, tokens.shape[0])
     _check_count(max_new_tokens)
     check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
     return _prefill_and_decode(
-        params, tree, tokens, lengths, log_T, sampling, max_new_tokens, dispatch.resolve(implementation)
+        params, tree, tokens, lengths, log_T, sampling, max_new_tokens, dispatch.resolve(implementation), estimate
     )
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
-def _prefill_and_decode(params, tree, tokens, lengths, log_T, sampling, num_tokens, implementation) -> Generation:
+def _prefill_and_decode(
+    params, tree, tokens, lengths, log_T, sampling, num_tokens, implementation, estimate=None
+) -> Generation:
     state = empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
-    state = _prefill(params, tree, state, tokens, lengths, log_T, implementation)
-    return _decode(params, tree, state, log_T, sampling, num_tokens, implementation)[0]
+    state = _prefill(params, tree, state, tokens, lengths, log_T, implementation, estimate)
+    return _decode(params, tree, state, log_T, sampling, num_tokens, implementation, estimate)[0]
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
-def _prefill(params, tree, state: State, tokens, lengths, log_T, implementation) -> State:
+def _prefill(params, tree, state: State, tokens, lengths, log_T, implementation, estimate=None) -> State:
     """Reads tokens i32[B T], lengths i32[B] of them real, after what the state holds."""
+    tree = sharding.local_numbers(tree)
     with jax.named_scope("prefill"):
-        x, cache, kept = _forward(params, tree, state, tokens, lengths, log_T, implementation)
+        x, cache, (kept, _) = _forward(params, tree, state, tokens, lengths, log_T, implementation, estimate)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B 1 D]
         logits = params.unembed(last)[:, 0]
     # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
@@ -209,11 +266,13 @@ class _Loop(NamedTuple):
     active: jax.Array  # bool[B], not stopped
     lengths: jax.Array  # i32[B], tokens generated
     kept: jax.Array  # f32[B], sum of kept fractions over steps
+    missed: jax.Array | None  # f32[B], sum of missed masses over steps; None where nothing is estimated
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
-def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, implementation):
+def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, implementation, estimate=None):
     """Up to num_tokens tokens a user; the loop ends early when every user has stopped."""
+    tree = sharding.local_numbers(tree)
     B = state.lengths.shape[0]
     keys = jax.random.split(sampling.key, num_tokens)
 
@@ -222,7 +281,9 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
         active = loop.active & (state.lengths < state.room)
         token = jnp.where(active, sample(state.logits, sampling, keys[loop.step]), loop.newest)
         count = active.astype(jnp.int32)
-        x, cache, kept = _forward(params, tree, state, token[:, None], count, log_T, implementation)
+        x, cache, shares = _forward(params, tree, state, token[:, None], count, log_T, implementation, estimate)
+        add = lambda total, share: total + jnp.where(active, share, 0.0)
+        kept, missed = jax.tree.map(add, (loop.kept, loop.missed), shares)
         logits = jnp.where(active[:, None], params.unembed(x)[:, 0], state.logits)
         stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
         return _Loop(
@@ -232,62 +293,91 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
             newest=token,
             active=active & ~stopped,
             lengths=loop.lengths + count,
-            kept=loop.kept + jnp.where(active, kept, 0.0),
+            kept=kept,
+            missed=missed,
         )
 
     zeros = jnp.zeros(B, jnp.int32)
     start = _Loop(
-        jnp.int32(0), state, jnp.zeros((B, num_tokens), jnp.int32), zeros, jnp.ones(B, bool), zeros, jnp.zeros(B)
+        step=jnp.int32(0),
+        state=state,
+        tokens=jnp.zeros((B, num_tokens), jnp.int32),
+        newest=zeros,
+        active=jnp.ones(B, bool),
+        lengths=zeros,
+        kept=jnp.zeros(B),
+        missed=None if estimate is None else jnp.zeros(B),
     )
     with jax.named_scope("decode"):
         loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
+    steps = jnp.maximum(loop.lengths, 1).astype(jnp.float32)
     done = Generation(
         # Steps that never ran are padding too: every user repeats its stop token.
         tokens=jnp.where(jnp.arange(num_tokens)[None, :] < loop.step, loop.tokens, loop.newest[:, None]),
         lengths=loop.lengths,
-        kept_fraction=loop.kept / jnp.maximum(loop.lengths, 1).astype(jnp.float32),
+        kept_fraction=loop.kept / steps,
         prefill_kept_fraction=state.kept_fraction,
+        missed_mass=None if loop.missed is None else loop.missed / steps,
     )
     return done, loop.state
 
 
-def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementation):
+def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementation, estimate):
     """All layers over tokens i32[B T], the first counts i32[B] of them real, which follow what the state holds.
 
-    Gives x [B T D], the cache (keys, values [L B T' K H]) with the real tokens written, and the kept fraction f32[B].
+    The tree has `local_numbers`. Gives x [B T D], the cache (keys, values [L B T' K H]) with the real tokens written,
+    and (kept fraction f32[B], missed mass f32[B] or None).
     """
     B, T = tokens.shape
     token = jnp.arange(T)[None, :]
     row = state.lengths[:, None] + token
     # Padding is written past the end of the cache, where the scatter drops it.
     slot = jnp.where(token < counts[:, None], row, state.room)
-    user = jnp.arange(B)[:, None]
 
     def attend(carry, layer, q, k, v):
-        keys, values, kept = carry
-        keys = keys.at[layer, user, slot].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[layer, user, slot].set(v.astype(values.dtype), mode="drop")
-        out = attend_user(
-            tree, q, keys[layer], values[layer], layer, state.lengths, state.lengths + counts, log_T, implementation
-        )
-        return (keys, values, kept + out.kept), out.out
+        keys, values, shares = carry
+        keys, values = (_write(tree, *pair, layer, slot) for pair in ((keys, k), (values, v)))
+        start, end = state.lengths, state.lengths + counts
+        out = attend_user(tree, q, keys[layer], values[layer], layer, start, end, log_T, implementation, estimate)
+        return (keys, values, jax.tree.map(jnp.add, shares, (out.kept, out.missed))), out.out
 
-    carry = (state.keys, state.values, jnp.zeros(B))
-    x, (keys, values, kept) = params.run_layers(params.embed(tokens), tree.context_length + row, attend, carry)
-    return x, (keys, values), kept / tree.num_layers
+    carry = (state.keys, state.values, (jnp.zeros(B), None if estimate is None else jnp.zeros(B)))
+    x = sharding.constrain(tree, params.embed(tokens), "BTD")
+    x, (keys, values, shares) = params.run_layers(x, tree.context_length + row, attend, carry)
+    return x, (keys, values), jax.tree.map(lambda share: share / tree.num_layers, shares)
 
 
+def _write(tree: Tree, cache, new, layer, slot):
+    """The cache [L B T' K H] with new [B T K H] in the rows slot i32[B T] of one layer."""
+
+    def write_here(cache, new, layer, slot):
+        user = jnp.arange(new.shape[0])[:, None]
+        return cache.at[layer, user, slot].set(new.astype(cache.dtype), mode="drop")
+
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return write_here(cache, new, layer, slot)
+    # GSPMD would bring all users' new keys to every device: it cannot know that each writes to its own rows only.
+    of_cache, of_new, of_slot = (sharding.spec(mesh, letters) for letters in ("LBTKH", "BTKH", "BT"))
+    in_specs = (of_cache, of_new, sharding.spec(mesh, ""), of_slot)
+    return sharding.map_shards(write_here, mesh, in_specs, of_cache)(cache, new, layer, slot)
+
+
+# Also called from outside programs, where it is `jit` that makes every device hold its share alone; devices are known
+# from the arguments, used or not.
+@functools.partial(jax.jit, static_argnames=("B", "room"), keep_unused=True)
 def empty_state(params, tree: Tree, B: int, room: int) -> State:
     """The state of B users with room tokens each who have said nothing yet."""
     config = params.config
     shape = (config.num_layers, B, room, config.num_kv_heads, config.head_dim)
-    return State(
+    state = State(
         keys=jnp.zeros(shape, tree.keys.dtype),
         values=jnp.zeros(shape, tree.keys.dtype),
         lengths=jnp.zeros(B, jnp.int32),
         logits=jnp.zeros((B, config.vocab_size)),
         kept_fraction=jnp.zeros(B),
     )
+    return sharding.constrain(tree, state)
 
 
 def _with_room(state: State, num_tokens: int) -> State:
