@@ -11,12 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from squeezejax.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.config import SqueezeConfig
 from squeezejax.generate import empty_state
-from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_device
-from squeezejax.sharding import mesh_of, size_of
+from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_bytes, local_device
+from squeezejax.sharding import mesh_of, size_of, spec
 from squeezejax.tree import Tree, build_layer, check_context_length
 
 # Temporaries of clustering one layer, in float32 copies of its keys: unit rows, rows by cluster, both weighted, …
@@ -180,14 +181,16 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
 
 def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
     """Bytes on each device of what is certainly alive at the same time while `squeeze` makes a tree of these shapes."""
-    L, hidden = tree.num_layers, tree.context_length * params.config.model_dim * params.embedding.dtype.itemsize
+    L = tree.num_layers
+    x = jax.ShapeDtypeStruct((1, tree.context_length, params.config.model_dim), params.embedding.dtype)
+    place = None if mesh is None else NamedSharding(mesh, spec(mesh, "BTE", x.shape))
     sizes = bytes_by_name(dataclasses.replace(tree, sparsities=None, thresholds=None, context_hash=None), mesh)
     own = sum(size for name, size in sizes.items() if "keys" in name or "values" in name) // L
     whole = sum(sizes.values())
     return {
         "weights": bytes_per_device(params, mesh),
         "the tree": whole,
-        "hidden states": hidden,
+        "hidden states": local_bytes(x, place),
         # While the last layer is clustered, its keys and values beside the tree of all layers, if it is not the only
         # one; while it is written into that tree, what it adds.
         "a layer": whole // L + (own if L > 1 else 0),

@@ -3,7 +3,9 @@
 import functools
 import gc
 import importlib
+import json
 import os
+import re
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import squeezejax
-from squeezejax import memory
+from squeezejax import cli, memory
 from squeezejax.generate import _decode, empty_state
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
@@ -112,6 +114,32 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
     floor = plan(params, TOKENS, CONFIG).memory.build_floor
     assert floor <= max(alive) - others < 1.1 * floor
+
+
+# ---- The command
+
+
+def test_command(capsys):
+    """Only config.json is read; the example of the README, a 70B model on eight devices."""
+    example = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "llama_70b")
+    line = f"plan --model {example} --context-tokens 1000000 --mesh model=8 --device-memory 141 --bandwidth 4800"
+    assert cli.main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"weights +17\.641 GB", out)  # 70.55 G parameters of 2 bytes over 8 devices
+    assert re.search(r"keys and values +40\.956 GB", out)  # 80 layers · 999,904 rows · 128 · 2 · 2 bytes, a head each
+    assert re.search(r"the device has +141\.000 GB  fits", out)
+    assert re.search(r"161 × hidden states.* 5\.259 MB in all", out)  # 2 · 80 of 8,192 float32, one of bfloat16
+    assert max(map(len, out.splitlines())) < 100
+    assert cli.main([*line.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["window"] == 80 * 100 * 128 * 2 * 2
+    small = line.replace("--device-memory 141", "--device-memory 40")
+    assert cli.main(small.split()) == 1
+    assert re.search(r"too little; about \d{3},\d{3} tokens would fit", capsys.readouterr().out)
+    assert cli.main(line.replace("model=8", "model=3").split()) == cli.BAD_INPUT
+    assert "8 key/value heads cannot be divided among 3 devices" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(line.replace("model=8", "heads=8").split())
+    assert "--mesh: must be axes data, model, context with sizes, model=8, got 'heads=8'" in capsys.readouterr().err
 
 
 # ---- Refusing what cannot fit
