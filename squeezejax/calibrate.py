@@ -92,10 +92,9 @@ def _row_below(tree: Tree, queries, coarsest, counts, above, dropped) -> np.ndar
     batch = max(1, SCORES_AT_ONCE // len(counts))
     for first in range(0, sets.shape[1], batch):
         some = sets[:, first : first + batch]
-        scores = [
-            _restricted_scores(tree, queries[layer], layer, coarsest[layer], some) for layer in range(len(queries))
-        ]
-        scores = np.concatenate(scores, axis=1)  # f32[P L·K·C]
+        scores = np.empty((some.shape[1], len(counts)), np.float32)  # [P L·K·C]
+        for layer, part in enumerate(np.split(scores, len(queries), axis=1)):
+            part[:] = _restricted_scores(tree, queries[layer], layer, coarsest[layer], some)
         for i, log_A in enumerate(scores, first):
             members = set_of.ravel() == i
             row[members] = _quantiles(log_A, counts, dropped[members])
