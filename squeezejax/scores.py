@@ -1,7 +1,7 @@
 """Scores of centroids, level by level: the one computation behind calibration and selection (spec.md, 4 and 5).
 
-A threshold often equals a cluster's score exactly, so both call `descend`; only below the coarsest level, where it would
-be called for hundreds of sets of thresholds, calibration sums otherwise, and sets thresholds higher by the rounding.
+A threshold often equals a cluster's score exactly, so both call `descend`. Only below the coarsest level, where there
+are hundreds of sets of thresholds, calibration sums otherwise, and sets its thresholds higher by the rounding.
 """
 
 import jax
