@@ -63,8 +63,8 @@ class Tree:
     fingerprint: str | None = _static(default=None)  # of the model that made it; None = unknown
     sparsities: jax.Array | None = None  # f32[P], ascending grid of the table below
     thresholds: jax.Array | None = None  # f32[levels P], log T; None = not calibrated
-    context_hash: jax.Array | None = None  # u8[32], SHA-256 of the context's token ids; a leaf, so that
-    # another document of the same length compiles nothing again
+    context_hash: jax.Array | None = None  # u8[32], SHA-256 of the context's token ids (with every part that was
+    # appended: of the hash so far and the part's); a leaf, so that another document compiles nothing again
     parts: int = _static(default=1)  # of equal size, along rows and clusters; a cluster lies in one with its children
 
     # Axes by attribute path, R = rows; what `squeezejax.shardings` splits a tree by.

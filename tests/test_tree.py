@@ -215,6 +215,8 @@ FINE = np.zeros((1, 2, 10), np.int32)
         (KEYS, KEYS.astype(np.float16), FLAT, None, "dtype"),
         (KEYS.astype(np.int32), KEYS.astype(np.int32), FLAT, None, "floating"),
         (KEYS[:, :, :2], KEYS[:, :, :2], FLAT, None, "nothing is left to cluster"),
+        (np.where(np.arange(4) == 1, np.float32("nan"), KEYS), KEYS, FLAT, None, "layer 0 are not finite"),
+        (KEYS, np.where(np.arange(4) == 1, np.float32("inf"), KEYS), FLAT, None, "not finite"),
         (KEYS, KEYS, FLAT, (FINE, FINE), "levels"),
         (KEYS, KEYS, FLAT, (FINE[:, :1],), "integers"),
         (KEYS, KEYS, FLAT, (FINE.astype(np.float32),), "integers"),
