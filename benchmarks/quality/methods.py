@@ -154,6 +154,7 @@ def _clusters_build(fixed: Fixed) -> Units:
 
 
 def _window_build(fixed: Fixed) -> Units:
+    """StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens, and the most recent."""
     position = jnp.arange(fixed.keys.shape[2])
     score = jnp.where(position < SINKS, jnp.inf, position.astype(jnp.float32))
     return in_order(fixed, 1, jnp.broadcast_to(score, fixed.keys.shape[:3]))

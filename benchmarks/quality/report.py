@@ -94,11 +94,14 @@ def write_figures(folder: Path, rows: list[dict], heads: list[dict]) -> list[Pat
     from matplotlib import pyplot
 
     written = []
-    together = [row for row in rows if row["task"] == "all" and row["method"] != "dense"]
+    # Where the index alone exceeds a budget nothing is kept, and there is nothing to show.
+    together = [row for row in rows if row["task"] == "all" and row["method"] != "dense" and row["kept"] > 0]
+    colors = dict(zip(dict.fromkeys(row["method"] for row in together), pyplot.get_cmap("tab20").colors, strict=False))
     for length in sorted({row["length"] for row in together}):
         for match, axis in (("keys", "kept"), ("bytes", "read")):
             here = [row for row in together if row["length"] == length and row["match"] == match]
-            figure, panels = pyplot.subplots(1, 3, figsize=(16, 5))
+            budgets = sorted({row["budget"] for row in here})
+            figure, panels = pyplot.subplots(1, 3, figsize=(17, 5))
             for panel, name, title in (
                 (panels[0], "found_lost", "points lost to dense attention"),
                 (panels[1], "mass", "attention mass attended to"),
@@ -106,10 +109,13 @@ def write_figures(folder: Path, rows: list[dict], heads: list[dict]) -> list[Pat
             ):
                 for method in dict.fromkeys(row["method"] for row in here):
                     curve = sorted((row for row in here if row["method"] == method), key=lambda row: row[axis])
-                    x, y = [row[axis] for row in curve], [row[name] for row in curve]
-                    panel.plot(x, y, marker="o", label=method, linestyle="-" if method.startswith("squeezed") else "--")
+                    style = {"color": colors[method], "linestyle": "-" if method.startswith("squeezed") else "--"}
+                    values = ([row[axis] for row in curve], [row[name] for row in curve])
+                    panel.plot(*values, marker="o", markersize=4, label=method, **style)
                 panel.set(xscale="log", xlabel=f"{axis}, fraction of dense", title=title)
-            panels[0].legend(fontsize=7)
+                panel.set_xticks(budgets, [f"{budget:g}" for budget in budgets], minor=False)
+                panel.minorticks_off()
+            panels[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
             figure.suptitle(f"{length} tokens, equal {match}")
             written.append(_save(figure, folder / f"{match}-{length}.png"))
     written += _head_maps(pyplot, folder, heads)
