@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from benchmarks import gpu_decode, gpu_model, gpu_offline
+from benchmarks import gpu_decode, gpu_model, gpu_offline, gpu_prefill
 from squeezejax.pallas_kernels import dispatch, mosaic
 
 SLOWEST_START = 25.0  # seconds that the first suite is expected to take; later ones, as long as the slowest so far
@@ -32,7 +32,8 @@ SLOWEST_START = 25.0  # seconds that the first suite is expected to take; later 
 
 def suites() -> dict:
     """name -> what to run, in order of value: what is right, the figures wanted, then the rest."""
-    return gpu_decode.checks() | gpu_decode.suites() | gpu_model.suites() | gpu_offline.suites()
+    here = gpu_decode, gpu_model, gpu_prefill, gpu_offline
+    return gpu_decode.checks() | {name: run for module in here for name, run in module.suites().items()}
 
 
 def main():

@@ -1,0 +1,96 @@
+"""What `benchmarks.gpu_visit` learns of prefill: the attention kernel checked, then whole layers timed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_trees import device_tree, find_thresholds, queries, require, seconds_a_step
+from squeezejax.attention import attend_user
+from squeezejax.pallas_kernels import reference_prefill, sparse_prefill
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """One layer's attention of a user's tokens; heads are of 128."""
+
+    heads: int
+    kv_heads: int
+    num_keys: int
+    tokens: int
+    kept: float
+
+    def __str__(self):
+        return f"{self.heads}/{self.kv_heads}, {self.num_keys // 1024}K, {self.tokens} tokens, {self.kept:.2f}"
+
+
+CASES = [
+    *(Prefill(32, 8, S, T, 0.1) for S in (2**17, 2**19) for T in (1024, 4096)),
+    Prefill(32, 8, 2**17, 4096, 0.3),
+    *(Prefill(32, 32, 2**17, T, 0.1) for T in (1024, 4096)),
+]
+
+
+def suites() -> dict:
+    """name -> what to run, in order of value."""
+    timed = {f"time prefill {case}": functools.partial(time_prefill, case) for case in CASES}
+    return {"check prefill": check_prefill} | timed
+
+
+def check_prefill(dry: bool, seed: int) -> dict:
+    """The attention kernel on random lists, in both forms: the largest error, and two runs bit by bit."""
+    worst, rng = 0.0, np.random.default_rng(seed)
+    for H, config in list(sparse_prefill.CONFIGS.items())[: 1 if dry else None]:
+        U, M, K, R = (2, 70, 2, 256) if dry else (12, 500, 4, 4096)
+        random = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32), jnp.bfloat16)
+        q, keys, values = random(U, M, H), random(1, K, R, H), random(1, K, R, H)
+        granules = np.stack([rng.permutation(R // 8) for _ in range(U)])
+        items = (granules * 256 + rng.integers(1, 256, granules.shape)).astype(np.int32)
+        counts = rng.integers(0, R // 8 + 1, U).astype(np.int32)
+        counts[0] = 0
+        want, want_lse = reference_prefill.attend_items(q, keys, values, items, counts, 0)
+        for in_registers in (False,) if dry else (False, True):
+            form = dataclasses.replace(config, in_registers=in_registers)
+            run = jax.jit(functools.partial(sparse_prefill.attend_items, config=form))
+            found, again = (jax.device_get(run(q, keys, values, items, counts, jnp.int32(0))) for _ in range(2))
+            what = f"head size {H}, probabilities in {'registers' if in_registers else 'shared memory'}"
+            require(all(map(np.array_equal, found, again)), f"two runs differ, {what}")
+            error = float(np.abs(found[0] - want).max())
+            require(error < 1e-2, f"error {error}, {what}")
+            require(np.abs(found[1] - want_lse)[counts > 0].max() < 1e-3, f"log-sum-exps, {what}")
+            worst = max(worst, error)
+    return {"largest error": worst}
+
+
+def time_prefill(case: Prefill, dry: bool, seed: int) -> dict:
+    """Everything included (scores, selection, lists, kept keys, window, own tokens), against the best dense."""
+    case = dataclasses.replace(case, heads=4, kv_heads=2, num_keys=1280, tokens=130) if dry else case
+    K, G, T, S = case.kv_heads, case.heads // case.kv_heads, case.tokens, case.num_keys
+    tree = device_tree(S, (0.05,), kv_heads=K, seed=seed)
+    H = tree.keys.shape[3]
+    q = queries(tree, T, G, seed).reshape(1, T, K * G, H)
+    own = queries(tree, T, 1, seed + 1).reshape(1, T, K, H)
+    start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
+
+    def attend(q, tree, own, log_T, name):
+        return attend_user(tree, q, own, own, jnp.int32(0), start, lengths, log_T, name)
+
+    kept_fraction = jax.jit(lambda log_T, tree, q, own: attend(q, tree, own, log_T, "xla" if dry else "mosaic").kept[0])
+    log_T, kept = find_thresholds(lambda log_T: kept_fraction(log_T, tree, q, own), 1, case.kept, coarse=dry)
+    measure = functools.partial(seconds_a_step, steps=1 if dry else 10, rounds=1 if dry else 5)
+    ours = lambda q, tree, own, log_T: attend(q, tree, own, log_T, "mosaic").out
+    dense = lambda q, tree, own: attend(q, tree, own, None, "mosaic").out
+    found = {"kept fraction": kept, "ours": measure(ours, q, tree, own, log_T)}
+    found["our dense kernel"] = measure(dense, q, tree, own)
+    keys, values = (cache[:, :, :S].swapaxes(1, 2) for cache in (tree.keys, tree.values))
+    library = functools.partial(jax.nn.dot_product_attention, implementation="xla" if dry else "cudnn")
+    try:
+        found["cuDNN, fixed keys only"] = measure(lambda q, k, v: library(q, k, v).astype(q.dtype), q, keys, values)
+    except Exception as error:  # a missing contender must not hide the others, nor go unsaid
+        found["cuDNN, fixed keys only"] = f"{type(error).__name__}: {error}"[:200]
+    dense_times = [found[name] for name in ("our dense kernel", "cuDNN, fixed keys only")]
+    best = min(seconds for seconds in dense_times if not isinstance(seconds, str))
+    flops = 4 * T * S * case.heads * H
+    return found | {"times over best dense": best / found["ours"], "best dense TFLOP/s": flops / best / 1e12}
