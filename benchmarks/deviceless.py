@@ -6,6 +6,7 @@ Import before anything else touches JAX. Needs `jax[cuda13]` (its plugin and com
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
@@ -19,7 +20,7 @@ os.environ.update(MOSAIC_GPU_DUMP_TO=str(_DUMP), MOSAIC_GPU_DUMP_PTX="1", MOSAIC
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 TARGET = pathlib.Path(__file__).with_name("h200.textproto")
 
@@ -56,12 +57,27 @@ def on_device(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
-def compile_program(function, *args) -> Program:
+def mesh(axes: dict[str, int]) -> Mesh:
+    """H200s of one host, as many as the axes of this mesh have."""
+    devices = math.prod(axes.values())
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET.read_text()
+    )
+    return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
+
+
+def on_devices(tree, shardings):
+    """`on_device` for arrays that lie on a mesh."""
+    describe = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(describe, tree, shardings)
+
+
+def compile_program(function, *args, out_shardings=None) -> Program:
     """Compiles a function of `on_device` arguments; the GPU's code is made, nothing runs."""
     for path in _DUMP.iterdir():
         path.unlink()
     with _silence_stderr():
-        compiled = jax.jit(function, out_shardings=sharding()).lower(*args).compile()
+        compiled = jax.jit(function, out_shardings=out_shardings or sharding()).lower(*args).compile()
     return Program(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, tuple(_kernels()))
 
 
