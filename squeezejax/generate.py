@@ -96,7 +96,8 @@ def generate(
     `tail` adds the estimated part of what is not kept, for trees with `add_value_centroids`; `missed_mass` has the
     answer say how much that was, as the other two do.
 
-    One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit`.
+    One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit` and
+    `jax.export` (exporting.py shows how).
     Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
     does not fit in memory.
     """
