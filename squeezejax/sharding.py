@@ -186,8 +186,8 @@ def _letters(x) -> list[str]:
         parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         name = ".".join(part for part in parts if not part.isdigit()).removesuffix(".value")
         letters = type(x).AXES.get(name, "")
-        if letters.startswith("L"):
-            letters = letters[len(letters) - len(leaf.shape) :]  # one layer by itself lacks this axis
+        if len(letters) == len(leaf.shape) + 1:
+            letters = letters.removeprefix("L")  # one layer by itself
         if len(letters) != len(leaf.shape):
             raise ValueError(f"the axes of {type(x).__name__}.{name}, of shape {leaf.shape}, are not known")
         found.append(letters)

@@ -17,9 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from squeezejax import sharding
 from squeezejax.arguments import check_context
-from squeezejax.attention import attend_cached, attend_context
+from squeezejax.attention import attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
+from squeezejax.fused import attend_chunk
 from squeezejax.parts import split_layer
 from squeezejax.plan import check_build_fits
 from squeezejax.progress import Progress, Reporter
@@ -158,14 +159,17 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
     """Tokens [start, start + chunk) of one layer -> (x with them updated, cache with them written, q [chunk N H])."""
 
     def attend(q, k, v):
+        q = sharding.constrain(params, q, "BXNH")
         new = jnp.stack([k, v])
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
         written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
-        return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
+        return (written, q[0]), attend_chunk(q, written[0], written[1], start, before=context)
 
     first = 0 if before is None else before.context_length
-    part = sharding.constrain(params, jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1), "BXD")
+    part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    for layout in ("BTE", "BTD", "BXD"):  # cut out where it lies, then sent: GSPMD by itself would send all of x
+        part = sharding.constrain(params, part, layout)
     positions = (first + start + jnp.arange(chunk))[None, :]
     part, (cache, q) = params.apply_layer(layer, part, positions, attend)
     x = jax.lax.dynamic_update_slice_in_dim(x, sharding.constrain(params, part, "BTE"), start, axis=1)

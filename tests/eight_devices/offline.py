@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from meshes import make_mesh, put, sent
 
 import squeezejax
 from squeezejax import SqueezeConfig, parts
@@ -14,11 +15,6 @@ W, L = 10, 3
 CONFIG = SqueezeConfig(cluster_fractions=(0.06, 0.2), observation_window=W, query_block=2, sparsity=0.6)
 CONTEXT = np.random.default_rng(5).integers(0, 31, 200)
 QUESTIONS = np.random.default_rng(4).integers(0, 31, (4, 3)).astype(np.int32)
-
-
-def make_mesh(**axes):
-    count = int(np.prod(list(axes.values())))
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:count])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def test_squeeze(params, tree, monkeypatch, tmp_path):
     # Just the room that the first layer needs, so that a later one asks for more.
     monkeypatch.setattr(parts, "SPARE", 1 << 30)
     monkeypatch.setattr(parts, "GRANULE", 1)
-    params = jax.device_put(params, squeezejax.shardings(mesh, params))
+    params = put(mesh, params)
     found = squeezejax.squeeze(params, CONTEXT, CONFIG)
     assert widened
     assert found.parts == 2
@@ -110,6 +106,19 @@ def test_an_interrupted_build_and_an_append(params, tree, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     answers = [squeezejax.prefill(*of, QUESTIONS, sparsity=0.0).logits for of in ((spread, found), (params, one))]
     np.testing.assert_allclose(*answers, atol=1e-3)
+
+
+def test_prefill_sends_one_chunk(params):
+    """Of the hidden states and of the keys, both as long as the context, a chunk's part moves and no more."""
+    squeeze, length, chunk = sys.modules["squeezejax.squeeze"], 256, 64
+    params = put(make_mesh(data=2, model=2, context=2), params)
+    x = jax.ShapeDtypeStruct(
+        (1, length, 16), np.float32, sharding=squeeze.embed_chunked(params, CONTEXT[None]).sharding
+    )
+    cache = squeeze._empty_cache(params, (2, 1, length, 2, 6), np.float32)
+    program = squeeze._prefill_chunk.lower(params, params.layer(0), x, cache, 0, None, 0, chunk).compile()
+    sizes = [int(np.prod(shape)) for _, shapes in sent(program) for shape in shapes]
+    assert 0 < max(sizes) <= chunk * 16
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from meshes import make_mesh, put, sent
 
 import squeezejax
 from squeezejax import SqueezeConfig
@@ -38,24 +38,8 @@ def generate(params, tree, questions, lengths):
     return squeezejax.generate(params, tree, questions, lengths=lengths, max_new_tokens=NEW, implementation="xla")
 
 
-def make_mesh(**axes):
-    count = int(np.prod(list(axes.values())))
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), devices=jax.devices()[:count])
-
-
-def put(mesh, x):
-    return jax.device_put(x, squeezejax.shardings(mesh, x))
-
-
 def put_all(mesh, params, tree):
     return put(mesh, params), put(mesh, squeezejax.split_context(tree, dict(mesh.shape).get("context", 1)))
-
-
-def sent(compiled):
-    """(operation, shapes of its results) of every exchange between devices that moves arrays whole."""
-    pattern = r"= (\(.*?\)|\S+) (all-gather|all-to-all|collective-permute|ragged-all-to-all)(?:-start)?\("
-    shapes = lambda text: [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)]
-    return [(name, shapes(text)) for text, name in re.findall(pattern, compiled.as_text())]
 
 
 @pytest.mark.parametrize(
