@@ -1,10 +1,14 @@
 """Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.compile_kernels`.
 
-Fails on any spill. Writes registers, shared memory and the launches and temporaries of one whole decode step
-(selection, attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
+Fails on any spill; two processes share the work. Writes registers, shared memory and the launches and temporaries of
+one whole decode step (selection, attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says
+nothing about speed.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import pathlib
 import re
 import sys
@@ -71,9 +75,11 @@ def tree_shapes(case: Case) -> Tree:
     L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
     R = -(-S // 8) * 8
     clusters = config.num_clusters(S)
-    # counts, starts, parents, and but for the finest level where a cluster's children are
-    numbers = lambda C: [shape((L, K, C), jnp.int32)] * (3 if C == clusters[-1] else 5)
-    levels = [Level(shape((L, K, C, H), jnp.float32), *numbers(C)) for C in clusters]
+    fields = [5] * (len(clusters) - 1) + [3]  # counts, starts, parents, and above the finest where children are
+    levels = [
+        Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * n)
+        for C, n in zip(clusters, fields, strict=True)
+    ]
     return Tree(
         keys=shape((L, K, R, H), case.dtype),
         values=shape((L, K, R, H), case.dtype),
@@ -132,8 +138,31 @@ def operations(program: deviceless.Program):
     return re.findall(r"^\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z-]*)\(", entry, flags=re.MULTILINE)
 
 
+def all_cases() -> list:
+    """(is it a decode step, name, how to compile it) of everything in the table."""
+    steps = [(True, str(case), functools.partial(compile_step, case)) for case in CASES]
+    return steps + [(False, name, compiled) for name, compiled in compile_offline.cases()]
+
+
+def compile_row(index: int):
+    """One case: (is it a decode step, row of the table, spills)."""
+    is_step, name, compiled = all_cases()[index]
+    program = compiled()
+    used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
+    counted = f" {len(launches(program))} |" if is_step else ""
+    spills = [f"{name}: {k.name} spills {k.spilled} bytes" for k in program.kernels if k.spilled]
+    return is_step, f"| {name} |{counted} {program.temporaries / 1e6:.1f} | {used} |", spills
+
+
 def main():
     """Compiles all cases, prints and writes the table, and exits with 1 if any kernel spills."""
+    found = []
+    # Not forked: every process has a JAX, and a folder for the assembler's reports, of its own.
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for is_step, row, spills in pool.map(compile_row, range(len(all_cases()))):
+            print(row, flush=True)
+            found.append((is_step, row, spills))
+    spills = [spill for _, _, some in found for spill in some]
     lines = [
         "# Kernels compiled for an H200, without one",
         "",
@@ -144,26 +173,14 @@ def main():
         "",
         "| step | launches | temporaries, MB | kernels: registers / shared memory |",
         "|---|---|---|---|",
+        *(row for is_step, row, _ in found if is_step),
+        "",
+        "| offline and prefill | temporaries, MB | kernels: registers / shared memory |",
+        "|---|---|---|",
+        *(row for is_step, row, _ in found if not is_step),
+        "",
+        f"Spills: {'; '.join(spills) or 'none'}.",
     ]
-    spills = []
-    for case in CASES:
-        program = compile_step(case)
-        spills += [
-            f"{case}: {kernel.name} spills {kernel.spilled} bytes" for kernel in program.kernels if kernel.spilled
-        ]
-        used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
-        row = f"| {case} | {len(launches(program))} | {program.temporaries / 1e6:.1f} | {used} |"
-        print(row, flush=True)
-        lines.append(row)
-    lines += ["", "| offline and prefill | temporaries, MB | kernels: registers / shared memory |", "|---|---|---|"]
-    for name, compiled in compile_offline.cases():
-        program = compiled()
-        spills += [f"{name}: {k.name} spills {k.spilled} bytes" for k in program.kernels if k.spilled]
-        used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
-        row = f"| {name} | {program.temporaries / 1e6:.1f} | {used} |"
-        print(row, flush=True)
-        lines.append(row)
-    lines += ["", f"Spills: {'; '.join(spills) or 'none'}."]
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")
     return len(spills) > 0

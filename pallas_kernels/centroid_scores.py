@@ -43,8 +43,6 @@ from squeezejax.pallas_kernels.work_list import (
     flat,
     gather,
     in_masks,
-    in_order_granules,
-    listed_granules,
 )
 
 
@@ -85,18 +83,15 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
     together = -(-G // -(-G // config.heads))
     scale = 1 / math.sqrt(H)
 
-    def body(q_gm, centroids_gm, counts_gm, num_items_gm, off_gm, layer_gm, *refs, centroids_sm, arrived):
-        *items_gm, dots_gm, stats_gm = refs
+    def body(q_gm, centroids_gm, counts_gm, off_gm, layer_gm, *refs, centroids_sm, arrived):
+        *listed, dots_gm, stats_gm = refs
 
         def visit(index, first, end, fetched):
             """Tiles [first, end) of one list; fetched counts the tiles of the whole share."""
             base, before = first_granule(layer_gm[0] * K + lax.rem(index, jnp.int32(K)), C)
 
             def find(tile):
-                if in_order:
-                    granules, masks = in_order_granules(tile, before, before + C)
-                else:
-                    granules, masks = listed_granules(items_gm[0].at[index], num_items_gm[index], tile)
+                granules, masks = lists.granules(listed, index, tile, before, C)
                 return [base + granule for granule in granules], masks
 
             def fetch(tile, slot):
@@ -149,7 +144,7 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
 
     operands = (
         q.reshape(lanes, G, H), level.centroids.reshape(-1, H), flat(level.counts),
-        lists.num_items, lists.offsets, jnp.reshape(layer, 1), *([] if in_order else [lists.items]),
+        lists.offsets, jnp.reshape(layer, 1), *lists.operands(),
     )  # fmt: skip
     # A swizzle, by which reading has no bank conflicts, takes whole granules.
     transforms = swizzled(H, 4) if L * K * C % GRANULE == 0 else ()

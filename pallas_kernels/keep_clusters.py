@@ -35,8 +35,6 @@ from squeezejax.pallas_kernels.work_list import (
     first_granule,
     flat,
     gather,
-    in_order_granules,
-    listed_granules,
     turn,
 )
 
@@ -59,12 +57,11 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
     lanes, P, M = scores.dots.shape
     _, K, C = starts.shape
     stats_tiles = scores.stats.shape[2]
-    in_order = lists.items is None
     num_ctas = count_ctas(4)
     shape = (TILE, M)
 
-    def body(dots_gm, stats_gm, starts_gm, lengths_gm, log_T_gm, num_items_gm, off_gm, layer_gm, *refs, turn_sm):
-        *items_gm, run_starts_gm, run_lengths_gm, tile_items_gm, tile_rows_gm = refs
+    def body(dots_gm, stats_gm, starts_gm, lengths_gm, log_T_gm, off_gm, layer_gm, *refs, turn_sm):
+        *listed, run_starts_gm, run_lengths_gm, tile_items_gm, tile_rows_gm = refs
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
 
@@ -100,10 +97,7 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
 
             def mark(tile, _):
                 here = pl.ds(tile * TILE, TILE)
-                if in_order:
-                    granules, _masks = in_order_granules(tile, before, before + C)
-                else:
-                    granules, _masks = listed_granules(items_gm[0].at[lane], num_items_gm[lane], tile)
+                granules, _masks = lists.granules(listed, lane, tile, before, C)
                 start, length = (gather(ref, [base + g for g in granules]) for ref in (starts_gm, lengths_gm))
                 dots = load(dots_gm.at[lane, here], MATRIX)
                 alive = plgpu.layout_cast(jnp.max(dots, axis=1), DOWN) > MASKED / 2
@@ -128,8 +122,8 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
     by_position = jax.ShapeDtypeStruct((lanes, P), jnp.int32)
     by_tile = jax.ShapeDtypeStruct((lanes, stats_tiles), jnp.int32)
     operands = (
-        *scores, flat(starts), flat(lengths), log_T, lists.num_items, lists.offsets,
-        jnp.reshape(layer, 1), *([] if in_order else [lists.items]),
+        *scores, flat(starts), flat(lengths), log_T, lists.offsets,
+        jnp.reshape(layer, 1), *lists.operands(),
     )  # fmt: skip
     *runs, tile_items, tile_rows = plgpu.kernel(
         body,

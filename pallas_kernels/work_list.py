@@ -54,6 +54,20 @@ class Lists(NamedTuple):
         """The most tiles that a lane can have, over num_rows rows."""
         return _tiles_in_order(num_rows) if self.items is None else -(-self.items.shape[1] // PER_TILE)
 
+    def operands(self) -> list:
+        """What kernels take besides the offsets: nothing where everything is read in order."""
+        return [] if self.items is None else [self.items, self.num_items]
+
+    def granules(self, listed, lane, tile, before, num_rows: int):
+        """In a kernel: (granules, masks) of a lane's tile; listed are references to `operands`.
+
+        Granules count from that of the head's first row, which has `before` rows of others; num_rows are the head's.
+        """
+        if not listed:
+            return in_order_granules(tile, before, before + num_rows)
+        items, num_items = listed
+        return listed_granules(items.at[lane], num_items[lane], tile)
+
 
 def _tiles_in_order(num_rows: int) -> int:
     return -(-(num_rows + GRANULE - 1) // TILE)  # the first row may be the last one of its granule

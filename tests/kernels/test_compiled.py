@@ -16,11 +16,11 @@ if importlib.util.find_spec("jax_plugins.xla_cuda13") is None and importlib.util
     pytest.skip("compiling for an H200 needs jax[cuda13]", allow_module_level=True)
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Kernels: scores and marks of each level, list, attention, merge. The rest is XLA's, most of it window and user tokens.
+# Kernels: scores, marks and list of each level; attention; merge. The rest is XLA's: sums, thresholds, padding.
 CASES = {
-    "flat": ({"head_dim": 128, "group": 4}, 5, 21),
-    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 7, 27),
-    "users": ({"head_dim": 64, "group": 2, "users": 4}, 5, 26),
+    "flat": ({"head_dim": 128, "group": 4}, 5, 13),
+    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 19),
+    "users": ({"head_dim": 64, "group": 2, "users": 4}, 5, 16),
 }
 PROGRAM = """
 import json, sys
@@ -49,15 +49,16 @@ print(json.dumps([program.text.count('custom_call_target="mosaic_gpu_v2"'), prog
 
 
 def test_a_whole_generate_holds_the_kernels_once_and_no_copy():
-    """Five kernels in the loop over layers in the loop over steps; temporaries under one layer's keys and values."""
+    """Two kernels of the prefill, five in the loop over layers in the loop over steps; temporaries under one layer's
+    keys and values, a quarter of them the prefill's partial results, 32 KB for each of 132 CTAs."""
     run = subprocess.run(
         [sys.executable, "-c", GENERATE],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     kernels, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
-    assert kernels == 5
-    assert temporaries < 0.5
+    assert kernels == 7
+    assert temporaries < 0.6
     assert not copies
 
 
