@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from squeezejax import sharding
 from squeezejax.arguments import check_context
-from squeezejax.attention import attend_context
+from squeezejax.attention import attend_cached, attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
 from squeezejax.fused import attend_chunk
@@ -164,7 +164,9 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
         written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
-        return (written, q[0]), attend_chunk(q, written[0], written[1], start, before=context)
+        # The library's kernel would have to be told how a mesh splits tokens and heads.
+        attend_here = attend_chunk if sharding.mesh_of(params) is None else attend_cached
+        return (written, q[0]), attend_here(q, written[0], written[1], start, before=context)
 
     first = 0 if before is None else before.context_length
     part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
