@@ -5,8 +5,8 @@
     file.write(exported.serialize())  # needs the package flatbuffers
 
 Another process imports squeezejax and squeezejax.models, which register their types here, and calls
-`jax.export.deserialize(data).call(params, tree, tokens)`. JAX compares the static fields: a program made for one model
-refuses another. Arguments may be `jax.ShapeDtypeStruct`s when exporting.
+`jax.export.deserialize(bytearray(data)).call(params, tree, tokens)`. JAX compares the static fields: a program made for
+one model refuses another. Arguments may be `jax.ShapeDtypeStruct`s when exporting.
 """
 
 import dataclasses

@@ -272,7 +272,7 @@ def test_failures(error, code, line, capsys, monkeypatch):
         assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["build"], ["append"], ["ask"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["build"], ["append"], ["ask"], ["info"], ["plan"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])
