@@ -103,8 +103,17 @@ def attend_cached(q, k, v, start, *, before=None, chunk: int = 1024):
 
 def attend_context(tree: Tree, q, layer):
     """Attention of q [B T N H] to the whole fixed context, window included -> (out f32[B T K G H], lse)."""
-    partials, _ = _attend_fixed(tree, split_heads(q, tree.num_kv_heads), None, layer, None, "xla")
-    return merge(*partials)
+    mesh = sharding.mesh_of(tree)
+
+    def attend_here(tree, q, layer):
+        groups = split_heads(q, tree.num_kv_heads)
+        return merge(*_attend_fixed(tree, groups, None, layer, None, "xla", sharding.context_axis(mesh))[0])
+
+    if mesh is None:
+        return attend_here(tree, q, layer)
+    heads, whole = sharding.spec(mesh, "btK"), sharding.spec(mesh, "")
+    call = sharding.map_shards(attend_here, mesh, (sharding.specs(mesh, tree), heads, whole), heads)
+    return call(tree, q, jnp.asarray(layer, jnp.int32))
 
 
 class Attended(NamedTuple):

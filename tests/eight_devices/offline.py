@@ -88,7 +88,7 @@ def test_squeeze(params, tree, monkeypatch, tmp_path):
 def test_an_interrupted_build_and_an_append(params, tree, tmp_path):
     """What a build left behind, and a tree to append to, are taken up again where their shares belong."""
     mesh = make_mesh(data=2, model=2, context=2)
-    spread = jax.device_put(params, squeezejax.shardings(mesh, params))
+    spread = put(mesh, params)
 
     def stop(progress):
         if progress.stage == f"layer 2/{L}":

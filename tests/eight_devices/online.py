@@ -18,24 +18,27 @@ RNG = np.random.default_rng(7)
 CONTEXT = RNG.integers(0, 31, S + W)
 QUESTIONS = RNG.integers(0, 31, (4, T)).astype(np.int32)
 LENGTHS = np.array([5, 3, 1, 4], np.int32)
+SPARSITIES = (0.6, 0.0, 1.0)  # some keys, all of them, none
 CLUSTERS = {"flat": (14,), "hierarchical": (4, 14)}
 FRACTIONS = {"flat": (0.3,), "hierarchical": (0.1, 0.3)}
 
 
 @functools.cache
 def on_one_device(heads, kv_heads, kind):
-    """A model and a tree of a context, the answers to the questions, and a batch of key masks."""
+    """A model, a tree of a context, and the answers to the questions at each sparsity."""
     params = oracle.make_model(num_heads=heads, num_kv_heads=kv_heads)
     config = SqueezeConfig(cluster_fractions=FRACTIONS[kind], observation_window=W, query_block=2, sparsity=0.6)
     tree = oracle.model_tree(params, CONTEXT, config, clusters=CLUSTERS[kind])
-    answer = generate(params, tree, QUESTIONS, LENGTHS)
-    assert np.all((answer.kept_fraction > 0.02) & (answer.kept_fraction < 0.9))
-    return params, tree, answer
+    answers = {sparsity: generate(params, tree, QUESTIONS, LENGTHS, sparsity) for sparsity in SPARSITIES}
+    assert np.all((answers[0.6].kept_fraction > 0.02) & (answers[0.6].kept_fraction < 0.9))
+    return params, tree, answers
 
 
 @jax.jit
-def generate(params, tree, questions, lengths):
-    return squeezejax.generate(params, tree, questions, lengths=lengths, max_new_tokens=NEW, implementation="xla")
+def generate(params, tree, questions, lengths, sparsity):
+    return squeezejax.generate(
+        params, tree, questions, lengths=lengths, sparsity=sparsity, max_new_tokens=NEW, implementation="xla"
+    )
 
 
 def put_all(mesh, params, tree):
@@ -53,14 +56,15 @@ def put_all(mesh, params, tree):
     ],
 )
 def test_same_tokens_and_nothing_sent(heads, kv_heads, kind, axes):
-    params, tree, answer = on_one_device(heads, kv_heads, kind)
+    params, tree, answers = on_one_device(heads, kv_heads, kind)
     params, tree = put_all(make_mesh(**axes), params, tree)
-    compiled = generate.lower(params, tree, QUESTIONS, LENGTHS).compile()
-    found = compiled(params, tree, QUESTIONS, LENGTHS)
-    np.testing.assert_array_equal(found.tokens, answer.tokens)
-    np.testing.assert_array_equal(found.lengths, answer.lengths)
-    np.testing.assert_allclose(found.kept_fraction, answer.kept_fraction, rtol=1e-5)
-    np.testing.assert_allclose(found.prefill_kept_fraction, answer.prefill_kept_fraction, rtol=1e-5)
+    compiled = generate.lower(params, tree, QUESTIONS, LENGTHS, 0.5).compile()
+    for sparsity, answer in answers.items():
+        found = compiled(params, tree, QUESTIONS, LENGTHS, sparsity)
+        np.testing.assert_array_equal(found.tokens, answer.tokens)
+        np.testing.assert_array_equal(found.lengths, answer.lengths)
+        np.testing.assert_allclose(found.kept_fraction, answer.kept_fraction, rtol=1e-5)
+        np.testing.assert_allclose(found.prefill_kept_fraction, answer.prefill_kept_fraction, rtol=1e-5)
 
     H = tree.keys.shape[3]
     # What is left: the best token of each share of the vocabulary, and queries among devices that share a head.
@@ -132,7 +136,7 @@ def test_ties():
 
 
 def test_conversations():
-    params, tree, answer = on_one_device(4, 2, "flat")
+    params, tree, answers = on_one_device(4, 2, "flat")
     params, tree = put_all(make_mesh(data=2, model=2), params, tree)
     state = squeezejax.prefill(params, tree, QUESTIONS, lengths=LENGTHS, capacity=NEW, implementation="xla")
     wanted = squeezejax.shardings(make_mesh(data=2, model=2), state)
@@ -140,7 +144,7 @@ def test_conversations():
         cache = getattr(state, name)
         assert cache.sharding.is_equivalent_to(getattr(wanted, name), cache.ndim)
     found, state = squeezejax.decode(params, tree, state, NEW, implementation="xla")
-    np.testing.assert_array_equal(found.tokens, answer.tokens)
+    np.testing.assert_array_equal(found.tokens, answers[0.6].tokens)
     np.testing.assert_array_equal(state.lengths, LENGTHS + NEW)
 
 
