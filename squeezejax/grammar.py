@@ -77,7 +77,7 @@ at its ends is dropped. Memory: the model, and keys and values of the whole text
 
 Finished layers are kept in the folder TREE.unfinished while it runs: after an interruption the
 same command goes on from there.""",
-        _run("squeezejax.commands", "build"),
+        _run("squeezejax.building", "build"),
     )
     required = command.add_argument_group("required")
     required.add_argument("--model", required=True, metavar="DIR", help=_MODEL)
@@ -183,7 +183,7 @@ tree of both. Only the new keys are clustered, so it takes as long as the new te
   squeezejax append --tree book.tree --context chapter9.txt --out longer.tree
 
 The new text follows the old one after an empty line.""",
-        _run("squeezejax.commands", "append_context"),
+        _run("squeezejax.building", "append"),
     )
     required = command.add_argument_group("required")
     required.add_argument("--tree", required=True, metavar="OLD", help="what `build` or `append` wrote")

@@ -288,9 +288,9 @@ def test_without_a_command(capsys):
 
 
 def test_warning_of_a_context_that_is_too_long(capsys):
-    commands._warn_of_length(11, SimpleNamespace(max_positions=10))
+    commands.warn_of_length(11, SimpleNamespace(max_positions=10))
     assert "trained for at most 10" in capsys.readouterr().err
-    commands._warn_of_length(11, SimpleNamespace(max_positions=None))
+    commands.warn_of_length(11, SimpleNamespace(max_positions=None))
     assert capsys.readouterr().err == ""
 
 
