@@ -1,8 +1,8 @@
 """Which implementation runs: a name means that one or an error, `None` picks the best that has proved itself.
 
-"xla" is plain XLA and runs everywhere. "mosaic" is the Hopper kernels: decode steps run by them, prefill still as
-"xla". They have been interpreted and compiled for an H200, but never run on one: where `None` would choose them (a
-Hopper GPU, JAX ≥ 0.11, shapes that they take), they first have to agree with float64 there, once for each size.
+"xla" is plain XLA and runs everywhere. "mosaic" is the Hopper kernels, for decode, prefill and K-means. They have been
+interpreted and compiled for an H200, but never run on one: where `None` would choose them (a Hopper GPU, JAX ≥ 0.11,
+shapes that they take), they first have to agree with float64 there, once for each size.
 """
 
 import concurrent.futures
@@ -42,24 +42,62 @@ def decode_kernels(implementation: str, q, keys, *other_keys, split: bool = Fals
         return None
     from squeezejax.pallas_kernels import decode  # imports Mosaic, which older JAX lacks
 
-    try:
+    def check():
         decode.check(q, keys, *other_keys)
         if split:
             raise NotImplementedError("the decode kernels take a context that lies on one device")
+
+    sizes = q.shape[3], q.shape[2] // keys.shape[1], str(q.dtype)
+    return decode if _chosen(implementation, check, "decode_step", *sizes) else None
+
+
+def prefill_kernels(implementation: str, q, keys, *, split: bool = False):
+    """The module of prefill kernels for several tokens a user, q [B T N H], over keys [L K R H]; None: plain XLA.
+
+    Raises NotImplementedError where "mosaic" was named and cannot take these arrays.
+    """
+    if implementation == "xla":
+        return None
+    from squeezejax.pallas_kernels import prefill
+
+    def check():
+        prefill.check(q, keys)
+        if split:
+            raise NotImplementedError("the prefill kernels take a context that lies on one device")
+
+    return prefill if _chosen(implementation, check, "prefill_blocks", q.shape[3], str(q.dtype)) else None
+
+
+def assignment_kernel(implementation: str, head_dim: int):
+    """The function that finds the nearest K-means centres (kmeans_assign.py); None means plain XLA.
+
+    Raises NotImplementedError where "mosaic" was named and cannot take rows of this head size.
+    """
+    if implementation == "xla":
+        return None
+    from squeezejax.pallas_kernels import kmeans_assign
+
+    check = functools.partial(kmeans_assign.check, head_dim)
+    return kmeans_assign.nearest if _chosen(implementation, check, "assignment", head_dim) else None
+
+
+def _chosen(implementation: str, check, proof: str, *sizes) -> bool:
+    """Whether kernels that `check` says can run are to run: always where named, for AUTO if they are proved."""
+    try:
+        check()
     except NotImplementedError:
         if implementation == AUTO:
-            return None
+            return False
         raise
-    if implementation == AUTO and not proved(q.shape[3], q.shape[2] // keys.shape[1], str(q.dtype)):
-        return None
-    return decode
+    return implementation != AUTO or proved(proof, *sizes)
 
 
 @functools.cache
-def proved(head_dim: int, group: int, dtype: str) -> bool:
-    """Whether the decode kernels, made for these sizes, have agreed with float64 on this machine, twice in a row.
+def proved(proof: str, *sizes) -> bool:
+    """Whether kernels made for these sizes have agreed with float64 on this machine, twice in a row.
 
-    One small step at first use. If it fails there is one warning, and plain XLA serves.
+    `proof` names a function of self_check.py, a small run at first use. If it fails there is one warning, and plain
+    XLA serves.
     """
     from squeezejax.pallas_kernels import self_check
 
@@ -67,7 +105,7 @@ def proved(head_dim: int, group: int, dtype: str) -> bool:
         # A thread of its own traces nothing, so this runs now, whatever the caller is tracing.
         # (ensure_compile_time_eval would evaluate operations inside the kernels, too.)
         with concurrent.futures.ThreadPoolExecutor(1) as apart:
-            apart.submit(self_check.decode_step, head_dim, group, dtype).result()
+            apart.submit(getattr(self_check, proof), *sizes).result()
     except Exception as error:  # whatever goes wrong in an untried kernel, XLA still can
         warnings.warn(
             f"the Hopper kernels failed their check on this machine, so plain XLA runs instead: {error}",
@@ -76,35 +114,6 @@ def proved(head_dim: int, group: int, dtype: str) -> bool:
         )
         return False
     return True
-
-
-def prefill_kernels(implementation: str, q, keys, *, split: bool = False):
-    """The module of prefill kernels for several tokens a user, q [B T N H], over keys [L K R H]; None: plain XLA.
-
-    Only a name chooses them: the check on the machine does not cover them yet. Raises NotImplementedError where
-    "mosaic" was named and cannot take these arrays.
-    """
-    if implementation != "mosaic":
-        return None
-    from squeezejax.pallas_kernels import prefill  # imports Mosaic, which older JAX lacks
-
-    prefill.check(q, keys)
-    if split:
-        raise NotImplementedError("the prefill kernels take a context that lies on one device")
-    return prefill
-
-
-def assignment_kernel(implementation: str, head_dim: int):
-    """The function that finds the nearest K-means centres (kmeans_assign.py); None means plain XLA.
-
-    Raises NotImplementedError where "mosaic" was named and cannot take rows of this head size.
-    """
-    if implementation != "mosaic":
-        return None
-    from squeezejax.pallas_kernels import kmeans_assign  # imports Mosaic, which older JAX lacks
-
-    kmeans_assign.check(head_dim)
-    return kmeans_assign.nearest
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Whether the decode kernels compute the right thing on this machine: one small step, twice, against float64.
+"""Whether the kernels compute the right thing on this machine: one small run of each, twice, against float64.
 
 A kernel that hangs cannot be caught here; everything else that a new machine or a new compiler may do wrong can.
 """
@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.pallas_kernels import decode, reference_decode
+from squeezejax.pallas_kernels import (
+    decode,
+    kmeans_assign,
+    reference_decode,
+    reference_kmeans,
+    reference_prefill,
+    sparse_prefill,
+)
 
 CLUSTERS, CHILDREN, MEMBERS = 24, 5, 11  # coarse clusters, children of each, keys of each child
-OUT_TOLERANCE, LSE_TOLERANCE = 2e-2, 2e-3
+OUT_TOLERANCE, LSE_TOLERANCE, SCORE_TOLERANCE = 2e-2, 2e-3, 1e-4
 
 
 def decode_step(head_dim: int, group: int, dtype: str):
@@ -52,6 +59,40 @@ def decode_step(head_dim: int, group: int, dtype: str):
         want, want_lse = reference_decode.attend_rows(np.asarray(q[0, k], np.float64), *used)
         _require(np.abs(out[0, k] - want).max() < OUT_TOLERANCE, "outputs are wrong")
         _require(np.abs(lse[0, k] - want_lse).max() < LSE_TOLERANCE, "log-sum-exps are wrong")
+
+
+def prefill_blocks(head_dim: int, dtype: str):
+    """Raises ArithmeticError unless attention of a few blocks over random lists comes out right, and twice the same."""
+    rng = np.random.default_rng(0)
+    U, M, K, R = 4, 70, 2, 512
+    random = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    q, keys, values = random(U, M, head_dim), random(1, K, R, head_dim), random(1, K, R, head_dim)
+    granules = np.stack([rng.permutation(R // 8) for _ in range(U)])
+    items = (granules * 256 + rng.integers(1, 256, granules.shape)).astype(np.int32)
+    counts = np.array([R // 8, 0, 3, 21], np.int32)
+    attend = jax.jit(lambda *arguments: sparse_prefill.attend_items(*arguments))
+    first, second = (jax.device_get(attend(q, keys, values, items, counts, jnp.int32(0))) for _ in range(2))
+    _require(all(map(np.array_equal, first, second)), "two runs differ")
+    want, want_lse = reference_prefill.attend_items(*map(np.asarray, (q, keys, values)), items, counts, 0)
+    _require(np.abs(first[0] - want).max() < OUT_TOLERANCE, "outputs are wrong")
+    _require(np.abs(first[1] - want_lse)[counts > 0].max() < LSE_TOLERANCE, "log-sum-exps are wrong")
+
+
+def assignment(head_dim: int):
+    """Raises ArithmeticError unless the nearest two centres of random rows are right, and twice the same."""
+    rng = np.random.default_rng(0)
+    rows, centres = (rng.standard_normal((number, head_dim)) for number in (300, 200))
+    rows, centres = (jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.bfloat16) for x in (rows, centres))
+    nearest = jax.jit(lambda rows, centres: kmeans_assign.nearest(rows, centres, with_second=True))
+    first, second = (jax.device_get(nearest(rows, centres)) for _ in range(2))
+    _require(all(map(np.array_equal, first, second)), "two runs differ")
+    _, best, _, next_best = reference_kmeans.nearest(rows, centres)
+    scores = np.asarray(rows, np.float64) @ np.asarray(centres, np.float64).T
+    for number, score, want in ((first.labels, first.best, best), (first.fallback, first.second, next_best)):
+        chosen = np.take_along_axis(scores, number[:, None], axis=1)[:, 0]
+        _require(np.abs(score - want).max() < SCORE_TOLERANCE, "scores are wrong")
+        _require((want - chosen).max() < SCORE_TOLERANCE, "centres are wrong")
+    _require((first.labels != first.fallback).all(), "one centre is nearest twice")
 
 
 def _runs(K: int, C: int, length: int, names) -> dict:

@@ -21,7 +21,7 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 import squeezejax
-from squeezejax.pallas_kernels import dispatch, kmeans_assign, mosaic, reference_kmeans
+from squeezejax.pallas_kernels import dispatch, kmeans_assign, mosaic, reference_kmeans, self_check
 
 ROUNDING = 6.2e-5  # scores are cut to 2^-15, or 2^-14 where rounding takes them above 1
 
@@ -142,7 +142,17 @@ def whole():
     np.testing.assert_allclose(found.inertia, 1 - np.linalg.norm(sums, axis=1).sum() / 500, atol=1e-6)
 
 
-CHECKS = ("head_sizes", "ties", "mapped", "not_numbers", "drawn", "whole")
+def self_checked():
+    """The check that lets `None` choose the kernel passes with it, and fails where its answer is a little off."""
+    with mosaic.interpret():
+        self_check.assignment(64)
+        nearest = kmeans_assign.nearest
+        kmeans_assign.nearest = lambda rows, centres, **options: nearest(rows, centres[:-1], **options)
+        with pytest.raises(ArithmeticError):
+            self_check.assignment(64)
+
+
+CHECKS = ("head_sizes", "ties", "mapped", "not_numbers", "drawn", "whole", "self_checked")
 
 
 @pytest.mark.parametrize("checks", [CHECKS[:4], CHECKS[4:]], ids=" ".join)

@@ -19,7 +19,7 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 import squeezejax
-from squeezejax.pallas_kernels import dispatch, mosaic, prefill, reference_prefill, sparse_prefill
+from squeezejax.pallas_kernels import dispatch, mosaic, prefill, reference_prefill, self_check, sparse_prefill
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 
@@ -142,7 +142,17 @@ def attend():
     check_attend((0.05, 0.2), [18, 21], T=21, block=None, W=0)  # ragged users, one selection each, no window
 
 
-CHECKS = (("lists", "head_sizes", "uneven"), ("drawn", "attend"))
+def self_checked():
+    """The check that lets `None` choose the kernel passes with it, and fails where its answer is a little off."""
+    with mosaic.interpret():
+        self_check.prefill_blocks(64, "bfloat16")
+        attend_items = sparse_prefill.attend_items
+        sparse_prefill.attend_items = lambda q, *rest: attend_items(q * 1.1, *rest)
+        with pytest.raises(ArithmeticError):
+            self_check.prefill_blocks(64, "bfloat16")
+
+
+CHECKS = (("lists", "head_sizes", "uneven"), ("drawn", "attend", "self_checked"))
 
 
 @pytest.mark.parametrize("checks", CHECKS, ids=" ".join)
