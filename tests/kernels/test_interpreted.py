@@ -12,6 +12,9 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 HERE = pathlib.Path(__file__).parent
+# NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which wait
+# for one another there, sometimes wait for ever.
+OPTIONS = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
 CHECKS = {
     "interpreted_attention": (
         "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "drawn",
@@ -27,6 +30,6 @@ CHECKS = {
 def test_interpreted(program, check):
     run = subprocess.run(
         [sys.executable, HERE / f"{program}.py", check],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
+        env=os.environ | OPTIONS, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
