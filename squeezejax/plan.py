@@ -20,8 +20,9 @@ from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local
 from squeezejax.sharding import mesh_of, size_of, spec
 from squeezejax.tree import Tree, build_layer, check_context_length
 
-# Temporaries of clustering one layer, in float32 copies of its keys: unit rows, rows by cluster, both weighted, …
-CLUSTERING_COPIES = 5
+# Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
+# unit rows, rows by cluster, their sums, …, as compiled on a CPU.
+CLUSTERING_COPIES = {4: 5, 2: 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +164,8 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
     window = sizes["window_keys"] + sizes["window_values"]
     centroids = sum(size for name, size in sizes.items() if name.endswith("centroids"))
     floor = sum(build_needs(params, tree, mesh).values())
-    # Keys of 16 bits are widened first: one more copy.
-    copies = CLUSTERING_COPIES + (tree.keys.dtype.itemsize < 4)
-    clustering = copies * 4 * keys_values // (2 * tree.num_layers * tree.keys.dtype.itemsize)
+    itemsize = tree.keys.dtype.itemsize
+    clustering = CLUSTERING_COPIES[itemsize] * 4 * keys_values // (2 * tree.num_layers * itemsize)
     return Memory(
         weights=weights,
         keys_values=keys_values,
@@ -200,6 +200,8 @@ def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
 def check_build_fits(params, num_tokens: int, config: SqueezeConfig):
     """Raises ValueError if the devices of params surely cannot hold what `squeeze` has to of num_tokens tokens."""
     mesh, array = mesh_of(params), jax.tree.leaves(params)[0]
+    if not isinstance(array, jax.Array):
+        return  # on no device yet
     tree = tree_shapes(params, num_tokens, config, size_of(mesh, "context"))
     advice = "squeeze fewer tokens, or use more devices (squeezejax.shardings) or parameters of 16 bits"
     needed = build_needs(params, tree, mesh)

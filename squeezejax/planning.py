@@ -81,7 +81,8 @@ def _memory_lines(made: Plan, device_memory: float | None):
         "index, thresholds": memory.index,
         "window": memory.window,
         "users' own tokens": memory.state,
-        "answering, in all": memory.answering,
+        "answering, at least": memory.answering,
+        "answering, about": memory.answering + memory.temporaries,
         "building, at least": memory.build_floor,
         "building, about": memory.build_peak,
     }

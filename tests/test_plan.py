@@ -1,5 +1,6 @@
 """The plan against arithmetic by hand, real arrays and compiled programs; and refusing what cannot fit."""
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -114,6 +115,17 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     squeezejax.squeeze(params, np.arange(TOKENS) % 64, CONFIG)
     floor = plan(params, TOKENS, CONFIG).memory.build_floor
     assert floor <= max(alive) - others < 1.1 * floor
+
+
+def test_clustering_takes_about_what_is_planned():
+    """Temporaries of the compiled clustering of one layer, within 30 %."""
+    config = squeezejax.SqueezeConfig(cluster_fractions=(0.05,))
+    model = dataclasses.replace(MODEL, num_layers=1, head_dim=64)
+    abstract = jax.eval_shape(lambda: Llama(model, key=jax.random.key(0), dtype=jnp.bfloat16))
+    rows = jax.ShapeDtypeStruct((2, 4100, 64), jnp.bfloat16)
+    program = squeezejax.tree.build_layer.lower(rows, rows, config, jax.random.key(0)).compile()
+    made = plan(abstract, 4100, config).memory
+    assert program.memory_analysis().temp_size_in_bytes == pytest.approx(made.build_peak - made.build_floor, rel=0.3)
 
 
 # ---- The command
