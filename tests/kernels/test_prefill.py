@@ -5,7 +5,10 @@ hangs, and then ends with its timeout.
 """
 
 import functools
+import importlib.util
+import json
 import os
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -165,6 +168,42 @@ def test_interpreted(checks):
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+COMPILE = """
+import json, re
+from benchmarks import compile_kernels, deviceless
+import jax, jax.numpy as jnp, squeezejax
+from squeezejax.pallas_kernels import dispatch
+case, T = compile_kernels.Case(128, 4, num_keys=32768, fractions=(0.01, 0.05)), 512
+tree, shape = compile_kernels.tree_shapes(case), jax.ShapeDtypeStruct
+q, own = (shape((1, T, heads, 128), jnp.bfloat16) for heads in (32, 8))
+def attend(tree, q, k, v, layer, log_T):
+    return squeezejax.attend(tree, q, k, v, layer=layer, log_thresholds=log_T, implementation="mosaic")
+with dispatch.force_mosaic():
+    arguments = tree, q, own, own, shape((), jnp.int32), shape((2,), jnp.float32)
+    program = deviceless.compile_program(attend, *deviceless.on_device(arguments))
+copies = [line for line in program.text.splitlines() if re.search(r" = bf16\\[[0-9,]*32768", line)
+          and (" copy(" in line or " dynamic-slice(" in line)]
+scores = 4 * 32 * T * tree.levels[-1].counts.shape[2]
+print(json.dumps([[kernel.name for kernel in program.kernels], sum(kernel.spilled for kernel in program.kernels),
+                  program.temporaries / scores, copies]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="compiling for an H200 needs jax[cuda13]")
+def test_compiled():
+    """A layer's prefill in four blocks: one launch, scores of one block at most, no copy of keys or values."""
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels, spilled, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
+    assert kernels == ["sparse_prefill", "sparse_prefill_merge"]
+    assert spilled == 0
+    assert temporaries < 0.7, "of what all blocks' scores would take"
+    assert not copies
 
 
 if __name__ == "__main__":
