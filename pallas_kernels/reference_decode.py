@@ -70,12 +70,12 @@ def descend(q, levels, log_T):
         found.append((log_A, kept))
         if level.child_starts is not None:
             children = kept_rows(kept, np.asarray(level.child_starts), np.asarray(level.child_counts))
-            alive = np.isin(np.arange(children.max(initial=0) + 1), children)
-            alive = np.pad(alive, (0, int(np.asarray(level.child_counts).sum()) - len(alive)))
+            alive = np.zeros(np.asarray(level.child_counts).sum(), bool)
+            alive[children] = True
     return found
 
 
 def kept_rows(kept, starts, counts) -> np.ndarray:
-    """The rows of one head's kept clusters, ascending: what `work_list.list_items` lists."""
+    """The rows of the runs of one head's kept clusters, ascending: what `work_list.list_items` lists."""
     runs = [np.arange(s, s + n) for keep, s, n in zip(kept, starts, counts, strict=True) if keep]
     return np.sort(np.concatenate([np.zeros(0, int), *runs]))

@@ -34,13 +34,14 @@ class Shares:
     def start(self, cta):
         """First tile of a CTA's share, counted through all lanes; that of the next one is its end."""
         workers = self.workers
-        return lax.div(jnp.minimum(cta, workers) * self.total, workers)
+        cta = jnp.minimum(cta, workers)
+        # cta · total / workers, of which the product alone could overflow.
+        return cta * lax.div(self.total, workers) + lax.div(cta * lax.rem(self.total, workers), workers)
 
     def owners(self, lane):
         """[first, end) of the CTAs that work on a lane."""
-        total = jnp.maximum(self.total, 1)
-        owner = lambda tile: lax.div((tile + 1) * self.workers - 1, total)  # inverse of `start`
         first, stop = self.offsets[lane], self.offsets[lane + 1]
+        owner = lambda tile: _last(self.num_ctas, lambda cta: self.start(cta) <= tile)
         return owner(first), jnp.where(stop > first, owner(stop - 1) + 1, owner(first))
 
     def visit(self, cta, work):
@@ -64,14 +65,18 @@ class Shares:
         if self.lanes <= 32:  # as many independent loads: one latency
             return sum((self.offsets[u] <= tile).astype(jnp.int32) for u in range(1, self.lanes)) + jnp.int32(0)
 
-        def halve(_, bounds):
-            low, high = bounds
-            middle = lax.div(low + high, jnp.int32(2))
-            inside = self.offsets[middle] <= tile
-            return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+        return _last(self.lanes, lambda u: self.offsets[u] <= tile)
 
-        begin = (jnp.int32(0), jnp.int32(self.lanes))
-        return lax.fori_loop(0, math.ceil(math.log2(self.lanes)) + 1, halve, begin)[0]
+
+def _last(n: int, holds):
+    """In a kernel: the last of 0 … n − 1 for which holds(i) is true, which it is up to there, and for 0."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = lax.div(low + high, jnp.int32(2))
+        return jnp.where(holds(middle), middle, low), jnp.where(holds(middle), high, middle)
+
+    return lax.fori_loop(0, math.ceil(math.log2(n)) + 1 if n > 1 else 0, halve, (jnp.int32(0), jnp.int32(n)))[0]
 
 
 def offsets_of(num_tiles):
@@ -80,9 +85,3 @@ def offsets_of(num_tiles):
     # A sum of masked numbers, not cumsum: XLA makes one small kernel of it.
     before = jnp.arange(lanes + 1)[:, None] > jnp.arange(lanes)[None, :]
     return jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
-
-
-def check(most_tiles: int, num_ctas: int):
-    """Raises NotImplementedError where shares of that many tiles could overflow 32 bits."""
-    if most_tiles * (num_ctas + 1) >= 2**31:
-        raise NotImplementedError(f"the kernels cannot split {most_tiles} tiles of work over {num_ctas} CTAs")

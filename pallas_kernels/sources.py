@@ -100,7 +100,7 @@ class Reader:
                 begin, end = jnp.where(beyond, begin_of[s + 1], begin), jnp.where(beyond, end_of[s + 1], end)
             granules, masks = in_order_granules(at, begin, end)
             if listed:
-                listed_here = listed_granules(self.arrays[-1].at[lane], end, at)
+                listed_here = listed_granules(self.arrays[-1].at[lane], end_of[last], at)
                 choose = lambda x, y: [jnp.where(kind == last, a, b) for a, b in zip(x, y, strict=True)]
                 granules, masks = choose(listed_here[0], granules), choose(listed_here[1], masks)
             return kind, tuple(granules), tuple(masks)

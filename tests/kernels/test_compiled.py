@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CASES = {
     "flat": ({"head_dim": 128, "group": 4}, 5, 13),
     "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 19),
-    "users": ({"head_dim": 64, "group": 2, "users": 4}, 5, 16),
+    "users": ({"head_dim": 64, "group": 2, "users": 4}, 5, 15),
 }
 PROGRAM = """
 import json, sys
