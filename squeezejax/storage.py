@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from squeezejax.arguments import check_model
 from squeezejax.memory import check_loading_fits
 from squeezejax.parts import distribute
-from squeezejax.sharding import host_layers
+from squeezejax.sharding import host_layers, shardings, size_of
 from squeezejax.storage_header import (
     MOST_HEADER_BYTES,
     Header,
@@ -78,6 +78,8 @@ def load(path, params=None, *, mesh=None) -> Tree:
         header, data_start = parse_header(file)
         if params is not None:
             _check_model(params, header)
+        if mesh is not None:  # refused now rather than after reading; parts are made to fit
+            shardings(mesh, dataclasses.replace(_shapes(header), parts=size_of(mesh, "context")))
         check_loading_fits("the tree", header.nbytes // (1 if mesh is None else mesh.size), mesh)
         # XLA's CPU backend takes host memory over as it is, where aligned. A tree must not go on living in the file:
         # a later change of the file would change it or end the process. Other devices copy what they are given.
@@ -231,9 +233,8 @@ def _naming(path):
 
 
 def _check_model(params, header: Header):
-    shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
     try:
-        check_model(params, _assemble(header, shapes))
+        check_model(params, _shapes(header))
     except ValueError as error:
         raise TreeFileError(f"cannot be used: {error}") from error
 
@@ -252,6 +253,12 @@ def _aligned_copy(mapped: np.ndarray) -> np.ndarray:
     copy = room[-room.ctypes.data % 64 :][: mapped.nbytes].view(mapped.dtype).reshape(mapped.shape)
     copy[...] = mapped
     return copy
+
+
+def _shapes(header: Header) -> Tree:
+    """The tree of a file with shapes in place of arrays."""
+    shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()}
+    return _assemble(header, shapes)
 
 
 def _assemble(header: Header, leaves: dict) -> Tree:

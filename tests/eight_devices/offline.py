@@ -153,8 +153,11 @@ def test_load(axes, tree, tmp_path, shares):
     assert_same(squeezejax.load(tmp_path / "again"), found)
     assert_same(squeezejax.load(tmp_path / "again", mesh=mesh), found)
     assert squeezejax.load(tmp_path / "again", mesh=make_mesh(model=2)).parts == devices
-    with pytest.raises(ValueError, match="may have the axes"):
-        squeezejax.load(tmp_path / "again", mesh=make_mesh(rows=2))
+    shares.clear()
+    for wrong, reason in (({"rows": 2}, "may have the axes"), ({"model": 3}, "heads cannot be divided")):
+        with pytest.raises(ValueError, match=reason):
+            squeezejax.load(tmp_path / "again", mesh=make_mesh(**wrong))
+    assert not shares
 
 
 @pytest.mark.parametrize("axes", [{"model": 2, "context": 2}, {"data": 2, "model": 4}])
