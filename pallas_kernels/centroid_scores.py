@@ -40,7 +40,6 @@ from squeezejax.pallas_kernels.work_list import (
     AT_ONCE,
     Lists,
     first_granule,
-    flat,
     gather,
     in_masks,
 )
@@ -69,11 +68,11 @@ class Scores(NamedTuple):
 def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = None) -> Scores:
     """Scores the listed clusters of one level for q [B K G H]; M is G rounded up to a multiple of 8.
 
-    level has the fields of the tree's `Level`; lists are those of the B·K lanes, or of the K heads where all users read
-    everything in order; layer i32[]. Clusters of count 0 take no part.
+    level has the fields of the tree's `Level`, L·K·C a multiple of 8; lists are those of the B·K lanes, or of the K
+    heads where all users read everything in order; layer i32[]. Clusters of count 0 take no part.
     """
     B, K, G, H = q.shape
-    L, _, C, _ = level.centroids.shape
+    C = level.centroids.shape[2]
     config = config or Config()
     M, lanes, in_order = -(-G // 8) * 8, B * K, lists.items is None
     users = B if in_order else 1  # that share a list
@@ -143,11 +142,9 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
         Shares(off_gm, lists.num_items.shape[0], num_ctas).visit(lax.axis_index("cta"), visit)
 
     operands = (
-        q.reshape(lanes, G, H), level.centroids.reshape(-1, H), flat(level.counts),
+        q.reshape(lanes, G, H), level.centroids.reshape(-1, H), level.counts.reshape(-1),
         lists.offsets, jnp.reshape(layer, 1), *lists.operands(),
     )  # fmt: skip
-    # A swizzle, by which reading has no bank conflicts, takes whole granules.
-    transforms = swizzled(H, 4) if L * K * C % GRANULE == 0 else ()
     stats_tiles = -(-tiles // (AT_ONCE * TILE)) * AT_ONCE * TILE  # they are read in blocks of so many
     return Scores(
         *plgpu.kernel(
@@ -157,7 +154,7 @@ def score_clusters(q, level, lists: Lists, layer, *, config: Config | None = Non
                 jax.ShapeDtypeStruct((lanes, 2, stats_tiles, M), jnp.float32),
             ],
             scratch_types={
-                "centroids_sm": plgpu.SMEM((2, TILE, H), jnp.float32, transforms=transforms),
+                "centroids_sm": plgpu.SMEM((2, TILE, H), jnp.float32, transforms=swizzled(H, 4)),
                 "arrived": plgpu.Barrier(num_arrivals=TILE // GRANULE, num_barriers=2),
             },
             grid=(num_ctas,),

@@ -59,6 +59,7 @@ def select(q, levels, active, layer, log_T, num_rows: int, *, skip=False) -> Sel
     """
     B, K, G, _ = q.shape
     thresholds = jnp.where(active, log_T[:, None], jnp.inf)  # [levels B]
+    levels, layer = _in_granules(levels, layer)
     C = levels[0].counts.shape[2]
     read, lists = (Lists.in_order(C, lanes, skip) for lanes in (K, B * K))
     num_read = []
@@ -117,3 +118,18 @@ def _short(cache: Cache, B: int, K: int):
     if W:
         yield InOrder(cache.window_keys, cache.window_values, jnp.full((B, K), W, jnp.int32))
     yield InOrder(cache.own_keys, cache.own_values, own_rows, own=True)
+
+
+def _in_granules(levels, layer):
+    """(levels, layer) of which each has a whole number of granules of clusters: all that TMA can read where it lies.
+
+    Layers, heads and clusters multiply to one unless heads are few and odd; then the layer at hand is copied.
+    """
+    if all(level.counts.size % GRANULE == 0 for level in levels):
+        return levels, layer
+
+    def one_layer(x):
+        widths = [(0, 0), (0, 0), (0, -x.shape[2] % GRANULE)] + [(0, 0)] * (x.ndim - 3)  # clusters of no key
+        return jnp.pad(jax.lax.dynamic_index_in_dim(x, layer, 0), widths)
+
+    return [jax.tree.map(one_layer, level) for level in levels], jnp.int32(0)

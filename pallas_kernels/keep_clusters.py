@@ -33,7 +33,6 @@ from squeezejax.pallas_kernels.work_list import (
     Runs,
     count_items,
     first_granule,
-    flat,
     gather,
     turn,
 )
@@ -122,7 +121,7 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
     by_position = jax.ShapeDtypeStruct((lanes, P), jnp.int32)
     by_tile = jax.ShapeDtypeStruct((lanes, stats_tiles), jnp.int32)
     operands = (
-        *scores, flat(starts), flat(lengths), log_T, lists.offsets,
+        *scores, starts.reshape(-1), lengths.reshape(-1), log_T, lists.offsets,
         jnp.reshape(layer, 1), *lists.operands(),
     )  # fmt: skip
     *runs, tile_items, tile_rows = plgpu.kernel(

@@ -73,13 +73,6 @@ def _tiles_in_order(num_rows: int) -> int:
     return -(-(num_rows + GRANULE - 1) // TILE)  # the first row may be the last one of its granule
 
 
-def flat(numbers):
-    """Numbers of all rows of all planes i32[L K R] one after another, filled up to whole granules."""
-    numbers = numbers.reshape(-1)
-    missing = -numbers.size % GRANULE  # none, unless layers times heads is odd or nearly so
-    return jnp.pad(numbers, (0, missing)) if missing else numbers
-
-
 def first_granule(plane, num_rows: int):
     """(granule, rows of it that belong to the plane before) at which a plane of num_rows rows begins.
 
@@ -122,7 +115,7 @@ def in_masks(row, masks):
 
 
 def gather(numbers, granules):
-    """In a kernel: i32[TILE] down the rows, numbers of the rows of a tile's 8 granules; numbers are `flat`."""
+    """In a kernel: i32[TILE] down the rows, numbers of the rows of a tile's 8 granules, out of those of all planes."""
     shape = (TILE, GRANULE)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)

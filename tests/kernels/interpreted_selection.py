@@ -76,6 +76,7 @@ def check(sizes, B=1, K=2, G=4, H=64, L=2, S=800, fraction=0.4, dead=0.1, seed=0
     log_T = thresholds(q.astype(np.float64), levels, layer, fraction)
     active = np.arange(B) != 1  # a second user who takes no part
     granules = np.zeros((len(sizes), B * K), int)
+    whole = all(L * K * size % 8 == 0 for size in sizes)  # else a layer is copied, heads then beginning on granules
     touched = [np.zeros(level.counts.shape, bool) for level in levels]
     wanted = []
     for b, k in np.ndindex(B, K):
@@ -87,7 +88,7 @@ def check(sizes, B=1, K=2, G=4, H=64, L=2, S=800, fraction=0.4, dead=0.1, seed=0
             children = reference_decode.kept_rows(found[depth - 1][1], above.child_starts, above.child_counts)
             children = children if active[b] else children[:0]
             touched[depth][layer, k, children] = True
-            before = (layer * K + k) * sizes[depth] % 8
+            before = (layer * K + k) * sizes[depth] % 8 if whole else 0
             granules[depth, b * K + k] = len(np.unique((children + before) // 8))
     for depth in range(1, len(levels)):
         levels[depth].centroids[~touched[depth]] = np.nan
