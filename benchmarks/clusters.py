@@ -24,9 +24,9 @@ import numpy as np
 import squeezejax
 from benchmarks import timing
 from squeezejax import SqueezeConfig, Tree, build_tree, calibrate, log_thresholds
-from squeezejax.attention import causal_attention
 from squeezejax.models import embedded
 from squeezejax.models.embedded import batches, text
+from squeezejax.partial import causal_attention
 from squeezejax.scores import score_heads
 from squeezejax.shape import GRANULE
 

@@ -11,7 +11,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from squeezejax.attention import MASKED, attend_cached, merge
+from squeezejax.partial import MASKED, attend_cached, merge
 from squeezejax.select import split_heads
 
 MOST_HEAD_DIM = 128  # cuDNN takes multiples of 8 up to this everywhere

@@ -17,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from squeezejax import sharding
 from squeezejax.arguments import check_context
-from squeezejax.attention import attend_cached, attend_context
+from squeezejax.attention import attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
 from squeezejax.fused import attend_chunk
+from squeezejax.partial import attend_cached
 from squeezejax.parts import split_layer
 from squeezejax.plan import check_build_fits
 from squeezejax.progress import Progress, Reporter

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from squeezejax import fused
-from squeezejax.attention import attend_cached
+from squeezejax.partial import attend_cached
 
 
 def chunk(dtype=jnp.float32):

@@ -16,9 +16,9 @@ import numpy as np
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import CONFIG, Fixed, Method
 from squeezejax import add_value_centroids, build_tree, calibrate
-from squeezejax.attention import causal_attention, merge
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
+from squeezejax.partial import causal_attention, merge
 
 HIDDEN = -1e30
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax import SqueezeConfig, Tree, log_thresholds
-from squeezejax.attention import merge
 from squeezejax.estimate import Estimate, cluster_of_rows, descend
 from squeezejax.pallas_kernels import reference
+from squeezejax.partial import merge
 
 CONFIG = SqueezeConfig(sparsity=0.9)  # of the trees; sparsities are settings of a run
 PAGE = 16  # keys of one of Quest's pages

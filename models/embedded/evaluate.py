@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.attention import partial_attention, split_heads
 from squeezejax.models import Llama
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
+from squeezejax.partial import partial_attention
+from squeezejax.select import split_heads
 
 HERE = Path(__file__).parent
 

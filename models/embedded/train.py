@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from squeezejax.attention import split_heads
 from squeezejax.models import Llama, LlamaConfig, RopeConfig
 from squeezejax.models.embedded import evaluate, export
 from squeezejax.models.embedded.batches import Encoder, Shape, make_batch
 from squeezejax.models.layers import rope_frequencies
+from squeezejax.select import split_heads
 
 HERE = Path(__file__).parent
 
@@ -115,7 +115,7 @@ def initial_weights(config: LlamaConfig, key) -> Llama:
 def attention(q, k, v, block: int = 512):
     """Causal attention of q [B T N H] over k, v [B T K H] -> [B T N H]; a block of queries reads no key after it.
 
-    `squeezejax.attention.causal_attention` reads every key for every block, which halves the speed of training here.
+    `squeezejax.partial.causal_attention` reads every key for every block, which halves the speed of training here.
     """
     T, K = q.shape[1], k.shape[2]
     q = jnp.moveaxis(split_heads(q, K), 1, 3) / math.sqrt(q.shape[-1])  # [B K G T H]
