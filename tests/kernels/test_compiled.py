@@ -2,20 +2,16 @@
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
+from processes import run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 if importlib.util.find_spec("jax_plugins.xla_cuda13") is None and importlib.util.find_spec("jax_plugins") is None:
     pytest.skip("compiling for an H200 needs jax[cuda13]", allow_module_level=True)
 
-ROOT = pathlib.Path(__file__).parents[2]
 # Kernels: scores, marks and list of each level; attention; merge. The rest is XLA's: sums, thresholds, padding.
 CASES = {
     "flat": ({"head_dim": 128, "group": 4}, 5, 13),
@@ -51,10 +47,7 @@ print(json.dumps([program.text.count('custom_call_target="mosaic_gpu_v2"'), prog
 def test_a_whole_generate_holds_the_kernels_once_and_no_copy():
     """Two kernels of the prefill, five in the loop over layers in the loop over steps; temporaries under one layer's
     keys and values, a quarter of them the prefill's partial results, 32 KB for each of 132 CTAs."""
-    run = subprocess.run(
-        [sys.executable, "-c", GENERATE],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    run = run_python("-c", GENERATE)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
     assert kernels == 7
@@ -66,10 +59,7 @@ def test_a_whole_generate_holds_the_kernels_once_and_no_copy():
 def compiled():
     """What each case compiled to. In a process of its own: compiling for a device sets the environment of JAX."""
     options = json.dumps([case for case, *_ in CASES.values()])
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, options],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    run = run_python("-c", PROGRAM, options)
     assert run.returncode == 0, run.stderr[-3000:]
     return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
 

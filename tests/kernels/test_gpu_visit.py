@@ -1,30 +1,20 @@
 """The visit to a GPU, rehearsed on the CPU with tiny shapes: it runs, says so, and goes on where it stopped."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
+from processes import run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
-ROOT = pathlib.Path(__file__).parents[2]
-# NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which wait
-# for one another there, sometimes wait for ever.
-OPTIONS = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
 # One of each kind; the others differ in shapes.
 KINDS = ("check attention", "ceilings", "time SDPA of PyTorch", "time 32/8, 128K, 0.10", "model 8B, 32K")
 
 
 def visit(out, *options):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_visit", "--dry-run", "--out", out, *options],
-        cwd=ROOT, env=os.environ | OPTIONS, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    return run_python("-m", "benchmarks.gpu_visit", "--dry-run", "--out", out, *options)
 
 
 def test_dry_run_passes_and_resumes(tmp_path):

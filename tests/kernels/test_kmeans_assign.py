@@ -6,9 +6,6 @@ then ends with its timeout.
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
 import sys
 import warnings
 
@@ -16,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -157,13 +155,7 @@ CHECKS = ("head_sizes", "ties", "mapped", "not_numbers", "drawn", "whole", "self
 
 @pytest.mark.parametrize("checks", [CHECKS[:4], CHECKS[4:]], ids=" ".join)
 def test_interpreted(checks):
-    # NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which
-    # wait for one another there, sometimes wait for ever.
-    options = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
-    run = subprocess.run(
-        [sys.executable, __file__, *checks], env=os.environ | options,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    run = run_python(__file__, *checks, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -185,10 +177,7 @@ print(json.dumps([of_all_heads(program), floats_added(program), floats_added(con
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="compiling for an H200 needs jax[cuda13]")
 def test_compiled():
     """K-means of two heads for an H200: one launch for both, no float is added by atomics, no matrix of scores."""
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    run = run_python("-c", COMPILE)
     assert run.returncode == 0, run.stderr[-3000:]
     heads, floats_added, control, spilled, temporaries = json.loads(run.stdout.splitlines()[-1])
     assert heads == ["2"] * 4  # seeds, rows and offers of a swap round, rows of a Lloyd step

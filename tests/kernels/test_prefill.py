@@ -7,9 +7,6 @@ hangs, and then ends with its timeout.
 import functools
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
 import sys
 import warnings
 
@@ -17,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -160,13 +158,7 @@ CHECKS = (("lists", "head_sizes", "uneven"), ("drawn", "attend", "self_checked")
 
 @pytest.mark.parametrize("checks", CHECKS, ids=" ".join)
 def test_interpreted(checks):
-    # NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which
-    # wait for one another there, sometimes wait for ever.
-    options = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
-    run = subprocess.run(
-        [sys.executable, __file__, *checks], env=os.environ | options,
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+    run = run_python(__file__, *checks, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -194,10 +186,7 @@ print(json.dumps([[kernel.name for kernel in program.kernels], sum(kernel.spille
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="compiling for an H200 needs jax[cuda13]")
 def test_compiled():
     """A layer's prefill in four blocks: one launch, scores of one block at most, no copy of keys or values."""
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    run = run_python("-c", COMPILE)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels, spilled, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
     assert kernels == ["sparse_prefill", "sparse_prefill_merge"]

@@ -1,0 +1,19 @@
+"""Programs in processes of their own: a kernel that hangs ends by timeout, and takes no test with it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+# NPROC is the size of XLA's thread pool: with two threads, on a small machine, the interpreter's warpgroups, which wait
+# for one another there, sometimes wait for ever.
+OPTIONS = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+
+
+def run_python(*arguments, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Python with these arguments, its output as text; on the CPU."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | OPTIONS,
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
