@@ -47,18 +47,17 @@ def start(folder, what):
 
 def test_the_tokens_are_those_of_one_process(folder):
     """Built, saved, loaded and asked over a mesh of both; and a disk that is full for the one that writes."""
-    outputs = []
     for process in start(folder, "build_save_load_generate"):
-        output, errors = process.communicate(timeout=600)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
-        outputs.append([line for line in output.splitlines() if not line.startswith("[Gloo]")])
     params = squeezejax.models.load(folder / "model")
     alone = worker.ask(params, squeezejax.load(folder / "alone.tree", params))
-    for answer, _ in outputs:
-        assert json.loads(answer)["tokens"] == alone["tokens"]
-        np.testing.assert_allclose(json.loads(answer)["kept"], alone["kept"], rtol=1e-5)
-    assert "No space left on device" in outputs[0][1]
-    assert "process 0 could not write it" in outputs[1][1]
+    found = [json.loads((folder.parent / f"found-{process}.json").read_text()) for process in (0, 1)]
+    for of_process in found:
+        assert of_process["answer"]["tokens"] == alone["tokens"]
+        np.testing.assert_allclose(of_process["answer"]["kept"], alone["kept"], rtol=1e-5)
+    assert "No space left on device" in found[0]["error"]
+    assert "process 0 could not write it" in found[1]["error"]
     # One file, which one process reads as well.
     assert worker.ask(params, squeezejax.load(folder / "together.tree", params)) == alone
     assert set(os.listdir(folder)) == {"model", "alone.tree", "together.tree"}

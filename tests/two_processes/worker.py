@@ -35,16 +35,18 @@ def ask(params, tree) -> dict:
 
 
 def build_save_load_generate(folder, mesh):
+    """Leaves found-PROCESS.json beside the folder: standard output is shared with Gloo's own messages."""
     params, tree = build(folder, mesh)
     squeezejax.save(folder / "together.tree", tree)
-    print(json.dumps(ask(params, squeezejax.load(folder / "together.tree", params, mesh=mesh))))
+    found = {"answer": ask(params, squeezejax.load(folder / "together.tree", params, mesh=mesh))}
 
     if jax.process_index() == 0:
         os.fsync = _no_space
     try:
         squeezejax.save(folder / "full.tree", tree)
     except OSError as error:
-        print(error)
+        found["error"] = str(error)
+    (folder.parent / f"found-{jax.process_index()}.json").write_text(json.dumps(found))
 
 
 def _no_space(_):
