@@ -11,8 +11,6 @@ import numpy as np
 from squeezejax.config import SqueezeConfig
 from squeezejax.tree import Level, Tree
 
-CLUSTER_SIZE = 20  # mean keys a cluster: 5 % clusters
-
 
 def synthetic_tree(
     num_keys: int,

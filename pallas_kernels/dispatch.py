@@ -82,33 +82,37 @@ def assignment_kernel(implementation: str, head_dim: int):
 
 
 def _chosen(implementation: str, check, proof: str, *sizes) -> bool:
-    """Whether kernels that `check` says can run are to run: always where named, for AUTO if they are proved."""
+    """Whether kernels that `check` says can run are to run: always where named, for AUTO if they are proved.
+
+    `proof` names a function of self_check.py, which compares them with float64, twice in a row.
+    """
     try:
         check()
     except NotImplementedError:
         if implementation == AUTO:
             return False
         raise
-    return implementation != AUTO or proved(proof, *sizes)
+    if implementation != AUTO:
+        return True
+    from squeezejax.pallas_kernels import self_check
+
+    return proved(getattr(self_check, proof), *sizes)
 
 
 @functools.cache
-def proved(proof: str, *sizes) -> bool:
-    """Whether kernels made for these sizes have agreed with float64 on this machine, twice in a row.
+def proved(check, *sizes) -> bool:
+    """Whether check(*sizes), a small run at first use that raises if it comes out wrong, passes on this machine.
 
-    `proof` names a function of self_check.py, a small run at first use. If it fails there is one warning, and plain
-    XLA serves.
+    If it does not, there is one warning, and plain XLA serves.
     """
-    from squeezejax.pallas_kernels import self_check
-
     try:
         # A thread of its own traces nothing, so this runs now, whatever the caller is tracing.
         # (ensure_compile_time_eval would evaluate operations inside the kernels, too.)
         with concurrent.futures.ThreadPoolExecutor(1) as apart:
-            apart.submit(getattr(self_check, proof), *sizes).result()
-    except Exception as error:  # whatever goes wrong in an untried kernel, XLA still can
+            apart.submit(check, *sizes).result()
+    except Exception as error:  # whatever goes wrong in an untried kernel or library, XLA still can
         warnings.warn(
-            f"the Hopper kernels failed their check on this machine, so plain XLA runs instead: {error}",
+            f"{check.__module__}.{check.__name__} failed on this machine, so plain XLA runs instead: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a lane with no row gives weight 0 in a merge, not NaN.
+# Finite, so that a fully masked row stays free of NaN: its lse is about MASKED, and a merge gives it no weight.
 MASKED = -1e30
 
 

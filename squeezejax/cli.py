@@ -1,6 +1,6 @@
 """The command line, `squeezejax demo | build | append | ask | info | plan`: running them, and errors.
 
-Their arguments are in `grammar`. The work is done in `demo`, `building`, `commands`, `info` and `planning`.
+Their arguments are in `grammar`. The work is done in `demo`, `building`, `commands`, `info` and `plan_table`.
 """
 
 import argparse

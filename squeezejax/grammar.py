@@ -83,8 +83,7 @@ same command goes on from there.""",
     required.add_argument("--model", required=True, metavar="DIR", help=_MODEL)
     required.add_argument("--context", required=True, metavar="FILE", help="the text, UTF-8")
     required.add_argument("--out", required=True, metavar="TREE", help="file to write")
-    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_work(command)
     command.add_argument(
         "--no-checkpoint", action="store_true", help="keep nothing on the disk while it runs; start anew if interrupted"
     )
@@ -92,9 +91,6 @@ same command goes on from there.""",
         "--dtype",
         choices=_DTYPES,
         help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
-    )
-    command.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
     )
     config = command.add_argument_group("how to squeeze")
     _add_clusters(config)
@@ -152,6 +148,15 @@ same command goes on from there.""",
     return command
 
 
+def _add_work(command):
+    """The options of making a tree that say nothing about it."""
+    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
+    )
+
+
 def _add_clusters(group):
     """The options on which a tree's size depends."""
     group.add_argument(
@@ -190,11 +195,7 @@ The new text follows the old one after an empty line.""",
     required.add_argument("--context", required=True, metavar="FILE", help="the text to add, UTF-8")
     required.add_argument("--out", required=True, metavar="TREE", help="file to write; with --force also OLD")
     command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names)")
-    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the clustering's random start (default: 0)"
-    )
+    _add_work(command)
     return command
 
 
@@ -274,7 +275,7 @@ that the library would make; temporaries of a build are estimated.
                   --device-memory 141 --bandwidth 4800
 
 Exit code 1: it cannot fit in --device-memory.""",
-        _run("squeezejax.planning", "plan_command"),
+        _run("squeezejax.plan_table", "plan_command"),
     )
     required = command.add_argument_group("required")
     required.add_argument("--model", required=True, metavar="DIR", help=_MODEL)

@@ -20,7 +20,7 @@ from squeezejax.arguments import check_context
 from squeezejax.attention import attend_context
 from squeezejax.calibrate import calibrate
 from squeezejax.config import SqueezeConfig
-from squeezejax.fused import attend_chunk
+from squeezejax.cudnn import attend_chunk
 from squeezejax.partial import attend_cached
 from squeezejax.parts import split_layer
 from squeezejax.plan import check_build_fits

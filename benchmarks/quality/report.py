@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-NEEDLES = ("single", "multi_key", "multi_value", "multi_query")
 RESAMPLED = 2000
 
 

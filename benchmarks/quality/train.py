@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.quality import tasks
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches, evaluate, export
-from squeezejax.models.embedded.train import OPTIMIZER, Phase, Run, initial_weights, model_config, train
+from squeezejax.models.embedded import batches
+from squeezejax.models.embedded.train import Phase, begin, finish, initial_weights, model_config, train
 
 TEXT_WEIGHT, REPLY_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 10.0
 KINDS = (*tasks.TASKS, "conversation")
@@ -90,20 +90,12 @@ def main() -> None:
     encoder = batches.Encoder(embedded.PATH)
     params = initial_weights(model_config(encoder.vocab_size, encoder.eos), jax.random.key(0))
     state = arguments.work / "state.npz"
-    if state.exists():
-        run = Run.load(state, params)
-    elif arguments.start:
-        run = dataclasses.replace(Run.load(arguments.start, params), phase=0, step=0)
-    else:
-        run = Run(params, OPTIMIZER.init(params))
+    run = begin(state, arguments.start, params)
     report = functools.partial(print, flush=True)
     save = lambda run: run.save(state)
     run = train(run, encoder, PHASES, every=arguments.every, report=report, checkpoint=save, make_batch=make_batch)
     save(run)
-    if arguments.out:
-        rounded = export.round_weights(run.params)
-        export.save(arguments.out, rounded, encoder.bos, encoder.eos)
-        evaluate.evaluate(rounded, encoder, report=report)
+    finish(run, encoder, arguments.out, report)
 
 
 if __name__ == "__main__":

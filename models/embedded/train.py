@@ -249,6 +249,23 @@ def parse_phase(string: str) -> Phase:
     return Phase(shape, int(steps), float(rate), float(final_rate), *map(float, enough))
 
 
+def begin(state: Path, start: Path | None, params: Llama) -> Run:
+    """The run that `state` holds, else one that goes on from the weights of `start`, else one from params."""
+    if state.exists():
+        return Run.load(state, params)
+    if start:
+        return dataclasses.replace(Run.load(start, params), phase=0, step=0)
+    return Run(params, OPTIMIZER.init(params))
+
+
+def finish(run: Run, encoder: Encoder, out: Path | None, report):
+    """Writes the weights to `out` as a Hugging Face checkpoint, if it is named, and evaluates them."""
+    if out:
+        rounded = export.round_weights(run.params)
+        export.save(out, rounded, encoder.bos, encoder.eos)
+        evaluate.evaluate(rounded, encoder, report=report)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,21 +287,13 @@ def main() -> None:
     config = model_config(encoder.vocab_size, encoder.eos)
     params = initial_weights(config, jax.random.key(arguments.seed))
     state = arguments.work / "state.npz"
-    if state.exists():
-        run = Run.load(state, params)
-    elif arguments.start:
-        run = dataclasses.replace(Run.load(arguments.start, params), phase=0, step=0)
-    else:
-        run = Run(params, OPTIMIZER.init(params))
+    run = begin(state, arguments.start, params)
     phases = tuple(arguments.phase or PHASES)
     print(f"{sum(x.size for x in jax.tree.leaves(run.params)):,} parameters; {len(phases)} phases", flush=True)
     report = functools.partial(print, flush=True)
     train(run, encoder, phases, every=arguments.every, report=report, checkpoint=lambda run: run.save(state))
     run.save(state)
-    if arguments.out:
-        rounded = export.round_weights(run.params)
-        export.save(arguments.out, rounded, encoder.bos, encoder.eos)
-        evaluate.evaluate(rounded, encoder, report=report)
+    finish(run, encoder, arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeezejax import fused
+from squeezejax import cudnn
+from squeezejax.pallas_kernels import dispatch
 from squeezejax.partial import attend_cached
 
 
@@ -21,7 +22,7 @@ def chunk(dtype=jnp.float32):
 def test_two_parts_are_one_attention(with_before):
     q, k, v, before = chunk()
     before = before if with_before else None
-    run = jax.jit(lambda k, v, start: fused.attend_fused(q, k, v, start, before=before, implementation="xla"))
+    run = jax.jit(lambda k, v, start: cudnn.attend_fused(q, k, v, start, before=before, implementation="xla"))
     for start in (0, 1, 40, 72):  # the first chunk, which has nothing before it, to the last
         later = jnp.arange(96)[None, :, None, None] >= start + 24
         junk = [jnp.where(later, 1e3, x) for x in (k, v)]  # rows not written yet
@@ -31,16 +32,16 @@ def test_two_parts_are_one_attention(with_before):
 
 def test_without_a_gpu_nothing_changes():
     q, k, v, _ = chunk(jnp.bfloat16)
-    np.testing.assert_array_equal(fused.attend_chunk(q, k, v, 40), attend_cached(q, k, v, 40))
+    np.testing.assert_array_equal(cudnn.attend_chunk(q, k, v, 40), attend_cached(q, k, v, 40))
 
 
 def test_a_library_that_fails_is_not_used():
     """There is no cuDNN here: the check says so, once, and the caller goes on with XLA."""
-    fused._proved.cache_clear()
+    dispatch.proved.cache_clear()
     with pytest.warns(RuntimeWarning, match="plain XLA runs instead"):
-        assert not fused._proved(64, 2, "bfloat16")
-    fused._proved.cache_clear()
+        assert not dispatch.proved(cudnn.agrees, 64, 2, "bfloat16")
+    dispatch.proved.cache_clear()
 
 
 def test_the_check_of_a_library_that_works():
-    assert fused._largest_error(16, 2, "float32", implementation="xla") < 1e-5
+    assert cudnn._largest_error(16, 2, "float32", implementation="xla") < 1e-5

@@ -4,13 +4,12 @@ cuDNN is reached through `jax.nn.dot_product_attention`. Its causal mask wants a
 attends to itself, causally, and to the keys before it, by their number; the two are merged by their log-sum-exps.
 """
 
-import concurrent.futures
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels import dispatch
 from squeezejax.partial import MASKED, attend_cached, merge
 from squeezejax.select import split_heads
 
@@ -22,7 +21,7 @@ def attend_chunk(q, k, v, start, *, before=None):
     """`attend_cached` of q [1 T N H] over k, v [1 T' K H], by cuDNN where this machine has one that proves itself."""
     H, group = q.shape[3], q.shape[2] // k.shape[2]
     usable = q.dtype in (jnp.bfloat16, jnp.float16) and k.dtype == q.dtype and H % 8 == 0 and H <= MOST_HEAD_DIM
-    if jax.default_backend() == "gpu" and usable and _proved(H, group, str(q.dtype)):
+    if jax.default_backend() == "gpu" and usable and dispatch.proved(agrees, H, group, str(q.dtype)):
         return attend_fused(q, k, v, start, before=before)
     return attend_cached(q, k, v, start, before=before)
 
@@ -43,19 +42,11 @@ def attend_fused(q, k, v, start, *, before=None, implementation: str = "cudnn"):
     return merge(*parts, *([] if before is None else [before]))[0].reshape(q.shape)
 
 
-@functools.cache
-def _proved(head_dim: int, group: int, dtype: str) -> bool:
-    """Whether cuDNN agrees with plain XLA on this machine; if it does not, there is one warning, and XLA serves."""
-    try:
-        # A thread of its own traces nothing, so this runs now, whatever the caller is tracing.
-        with concurrent.futures.ThreadPoolExecutor(1) as apart:
-            error = apart.submit(_largest_error, head_dim, group, dtype).result()
-        if not error < TOLERANCE:
-            raise ArithmeticError(f"outputs differ by {error}")
-    except Exception as error:  # whatever goes wrong in a library, XLA still can
-        warnings.warn(f"cuDNN attention cannot be used, plain XLA runs instead: {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+def agrees(head_dim: int, group: int, dtype: str):
+    """Raises ArithmeticError unless cuDNN gives what plain XLA gives on this machine."""
+    error = _largest_error(head_dim, group, dtype)
+    if not error < TOLERANCE:
+        raise ArithmeticError(f"outputs differ by {error}")
 
 
 def _largest_error(head_dim: int, group: int, dtype: str, implementation: str = "cudnn") -> float:
