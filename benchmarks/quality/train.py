@@ -4,8 +4,8 @@
 
 `STATE` is the state of an earlier training (`state.npz` in the --work of `squeezejax.models.embedded.train`, or of this
 command); without it training begins with random weights. `--work` keeps the state, written every --every steps; the
-same command goes on from there. Every batch holds all tasks in equal shares, and conversations about the chronicle as
-the embedded model has always been trained on them, so that it does not forget them.
+same command goes on from there. Batches mix all tasks, those that are learnt last more often, and conversations about
+the chronicle as the embedded model has always been trained on them, so that it does not forget them.
 """
 
 import argparse
@@ -23,7 +23,18 @@ from squeezejax.models.embedded import batches
 from squeezejax.models.embedded.train import Phase, begin, finish, initial_weights, model_config, train
 
 TEXT_WEIGHT, REPLY_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 10.0
-KINDS = (*tasks.TASKS, "conversation")
+SHARES = {  # of the sequences
+    "single": 1,
+    "multi_key": 2,
+    "multi_value": 4,
+    "multi_query": 1,
+    "variables": 4,
+    "common_words": 2,
+    "frequent_words": 1,
+    "facts": 1,
+    "conversation": 1,
+}
+KINDS = tuple(kind for kind, share in SHARES.items() for _ in range(share))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +47,11 @@ class Shape:
 
 
 PHASES = (
-    Phase(Shape(384, 9, 3), 2500, 1e-3, 1e-3),
-    Phase(Shape(1024, 4, 6), 2500, 1e-3, 8e-4),
-    Phase(Shape(4608, 1, 12), 1800, 8e-4, 4e-4),
-    Phase(Shape(8704, 1, 12), 600, 4e-4, 2e-5),
+    Phase(Shape(256, 13, 2), 2000, 1e-3, 1e-3, enough=0.97),
+    Phase(Shape(384, 9, 3), 1000, 1e-3, 1e-3, enough=0.97),
+    Phase(Shape(1024, 4, 6), 800, 1e-3, 8e-4, enough=0.97),
+    Phase(Shape(4608, 1, 12), 350, 8e-4, 4e-4),
+    Phase(Shape(8704, 1, 12), 100, 4e-4, 2e-5),
 )
 
 
