@@ -1,0 +1,1 @@
+"""LongBench, RULER and sets of many questions about one document, on real checkpoints: dense and squeezed attention."""

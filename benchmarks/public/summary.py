@@ -1,0 +1,70 @@
+"""From records to one table: score, kept fraction, and what dense attention had more on the same questions."""
+
+import collections
+
+import numpy as np
+
+from benchmarks.public.run import DENSE
+from benchmarks.public.samples import Item
+from benchmarks.quality import report
+
+
+def summarize(records: list[dict], items: list[Item], sparsities) -> list[dict]:
+    """A row for each dataset, its subsets of lengths and every sparsity; "average" rows are means over datasets.
+
+    Of the records only those that answer `items`. Scores are 0 to 100; `lost` is dense attention's score less the
+    sparsity's, in points, with a 95 % interval by bootstrap over contexts.
+    """
+    asked = {item.key for item in items}
+    scores = {(one["key"], one["sparsity"]): one for one in records if one["key"] in asked}
+    groups = collections.defaultdict(list)
+    for item in items:
+        for subset in dict.fromkeys(("", item.subset)):
+            groups[item.suite, item.dataset, subset].append(item.key)
+    rows = []
+    for (suite, dataset, subset), keys in groups.items():
+        for sparsity in (DENSE, *sparsities):
+            pairs = [(scores[key, DENSE], scores[key, sparsity]) for key in keys]
+            name = {"suite": suite, "dataset": dataset, "subset": subset}
+            rows.append(name | {"sparsity": "dense" if sparsity is DENSE else sparsity} | _compare(pairs))
+    return rows + _averages(rows)
+
+
+def _compare(pairs: list[tuple[dict, dict]]) -> dict:
+    """Pairs of records (dense, squeezed) of the same questions."""
+    lost = collections.defaultdict(list)
+    for dense, squeezed in pairs:
+        lost[squeezed["context"]].append(100 * (dense["score"] - squeezed["score"]))
+    mean = lambda name: float(np.mean([squeezed[name] for _, squeezed in pairs]))
+    row = {"questions": len(pairs), "contexts": len(lost), "score": 100 * mean("score")}
+    row |= {"kept": mean("kept"), "kept_reading": mean("kept_reading")}
+    return row | dict(zip(("lost", "low", "high"), report.interval(list(lost.values())), strict=True))
+
+
+def _averages(rows: list[dict]) -> list[dict]:
+    """Of each suite with several datasets: means of their rows; questions and contexts add up."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        if not row["subset"]:
+            groups[row["suite"], row["sparsity"]].append(row)
+    averages = []
+    for (suite, sparsity), members in groups.items():
+        if len(members) > 1:
+            row = {"suite": suite, "dataset": "average", "subset": "", "sparsity": sparsity}
+            row |= {name: sum(one[name] for one in members) for name in ("questions", "contexts")}
+            row |= {name: float(np.mean([one[name] for one in members])) for name in ("score", "kept", "kept_reading")}
+            averages.append(row | {"lost": float(np.mean([one["lost"] for one in members])), "low": "", "high": ""})
+    return averages
+
+
+def lines(rows: list[dict]) -> list[str]:
+    """The table for a terminal."""
+    shown = [f"{'dataset':<32}{'sparsity':>9}{'questions':>10}{'score':>8}{'kept':>8}{'lost to dense':>24}"]
+    for row in rows:
+        name = " ".join(filter(None, (row["suite"], row["dataset"], row["subset"])))
+        lost = "" if row["sparsity"] == "dense" else f"{row['lost']:.2f}"
+        if lost and row["low"] != "":
+            lost += f" [{row['low']:.2f}, {row['high']:.2f}]"
+        numbers = f"{row['questions']:>10}{row['score']:>8.2f}{row['kept']:>8.3f}"
+        shown.append(f"{name:<32}{row['sparsity']:>9}{numbers}{lost:>24}")
+    return shown
