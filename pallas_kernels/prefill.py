@@ -1,4 +1,4 @@
-"""Prefill over the fixed context, on Hopper: kept clusters become lists of granules, then all blocks are attended.
+"""Prefill over the fixed context, on Hopper: all blocks select their clusters, then attend to lists of granules.
 
 The lists are made by XLA: a whole block of queries shares one, so they cost little next to the attention. Which
 cluster a row belongs to is found once a layer; a row is kept iff its cluster is, and granules with a kept row are
@@ -10,10 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels import sparse_prefill
+from squeezejax.pallas_kernels import block_scores, sparse_prefill
 from squeezejax.pallas_kernels.mosaic import GRANULE
+from squeezejax.pallas_kernels.select_blocks import select_blocks, table
 
 LISTED_ROWS = 1 << 26  # rows that lists are made for at once; each costs some bytes
+MOST_SUMS = 1 << 26  # of 128 query rows' scores of one cluster, at once
 
 
 class Attended(NamedTuple):
@@ -29,6 +31,29 @@ def check(q, keys):
     sparse_prefill.check(q.dtype, keys.dtype, q.shape[-1], keys.shape[2])
 
 
+def select(q, valid, levels, layer, log_T):
+    """The clusters of the finest level that each block of query rows keeps, bool[U C] (spec.md, Online 5).
+
+    q [U M H], lane u of key/value head u mod K; valid bool[U/K M], rows that enter a block's means; levels, coarse →
+    fine, have the fields of the tree's `Level`; layer i32[], may be traced; log_T f32[levels], −∞ keeps everything.
+    """
+    U, M, H = q.shape
+    _, K, C = levels[-1].counts.shape
+
+    def score(q, valid):
+        tables = [table(level, layer, q.dtype) for level in levels]
+        sums = K * -(-M // block_scores.CHUNK) * max(table.counts.shape[1] for table in tables)  # of one block
+        keep = lambda q, valid: select_blocks(q, valid, tables, log_T)[:, :, :C]
+        return _in_groups(keep, max(1, MOST_SUMS // sums), q, valid)
+
+    def keep_all(q, valid):
+        return jnp.any(valid, axis=1)[:, None, None] & (levels[-1].counts[layer] > 0)[None]
+
+    with jax.named_scope("select"):
+        kept = jax.lax.cond(jnp.all(log_T == -jnp.inf), keep_all, score, q.reshape(-1, K, M, H), valid)
+    return kept.reshape(U, C)
+
+
 def attend_kept(q, keys, values, kept, starts, counts, layer) -> Attended:
     """Attention of blocks of query rows, q [U M H], each over the rows of its kept clusters (spec.md, Online 6).
 
@@ -36,26 +61,31 @@ def attend_kept(q, keys, values, kept, starts, counts, layer) -> Attended:
     runs of rows given by starts, counts i32[K C]; layer i32[], may be traced. Blocks are taken together as far as
     their lists have room: the more at once, the more evenly the machine is filled.
     """
-    U, K, R = q.shape[0], keys.shape[1], keys.shape[2]
+    U, M, H = q.shape
+    K, R = keys.shape[1:3]
     owner = jax.vmap(lambda starts, counts: cluster_of_rows(starts, counts, R))(starts, counts)  # [K R]
-    together = K * max(1, LISTED_ROWS // (K * R))
 
-    def attend_some(some):
-        q, kept = some
-        items, num_items = list_granules(kept, owner)
-        return sparse_prefill.attend_items(q, keys, values, items, num_items, layer)
+    def attend_some(q, kept):
+        items, num_items = list_granules(kept.reshape(-1, kept.shape[2]), owner)
+        found = sparse_prefill.attend_items(q.reshape(-1, M, H), keys, values, items, num_items, layer)
+        return [x.reshape(-1, K, *x.shape[1:]) for x in found]
 
-    if together >= U:
-        out, lse = attend_some((q, kept))
-    else:
-        groups = -(-U // together)
-        parts = lambda x: jnp.pad(x, [(0, groups * together - U)] + [(0, 0)] * (x.ndim - 1)).reshape(
-            groups, together, *x.shape[1:]
-        )
-        out, lse = jax.lax.map(attend_some, (parts(q), parts(kept)))  # the lanes added keep nothing
-        out, lse = (x.reshape(-1, *x.shape[2:])[:U] for x in (out, lse))
-    lanes = jnp.where(kept.reshape(-1, *counts.shape), counts, 0)
-    return Attended(out, lse, jnp.sum(lanes, axis=-1).reshape(U))
+    kept = kept.reshape(-1, *counts.shape)
+    out, lse = _in_groups(attend_some, max(1, LISTED_ROWS // (K * R)), q.reshape(-1, K, M, H), kept)
+    num_kept = jnp.sum(jnp.where(kept, counts, 0), axis=-1)
+    return Attended(out.reshape(U, M, H), lse.reshape(U, M), num_kept.reshape(U))
+
+
+def _in_groups(function, most: int, *xs):
+    """function(*xs), whose arguments and results have one leading axis, on at most so many of it at a time."""
+    n = len(xs[0])
+    if n <= most:
+        return function(*xs)
+    groups = -(-n // most)
+    size = -(-n // groups)
+    pad = lambda x: jnp.pad(x, [(0, groups * size - n)] + [(0, 0)] * (x.ndim - 1))  # blocks that keep nothing
+    found = jax.lax.map(lambda some: function(*some), [pad(x).reshape(groups, size, *x.shape[1:]) for x in xs])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 
 def cluster_of_rows(starts, counts, num_rows: int):

@@ -192,7 +192,7 @@ def _attend_tokens(
 def _prefill_fixed(kernels, tree: Tree, q, read_block, layer, log_T):
     """By the prefill kernels: q [blocks B T K G H], one selection a block and user -> (`Attended` a block, its tokens).
 
-    Block by block what is kept and what needs no selection, then the kept keys of all blocks in one launch.
+    All blocks select and attend to what they keep in a few launches; what needs no selection goes block by block.
     """
     n, B, T, K, G, H = q.shape
     to_rows = lambda x: jnp.swapaxes(x, -4, -3).reshape(*x.shape[:-4], K, T * G, H)
@@ -204,19 +204,20 @@ def _prefill_fixed(kernels, tree: Tree, q, read_block, layer, log_T):
         if tree.window_keys.shape[2]:
             window = _attend_window(tree, to_rows(part), layer)
             attended = merge(attended, tuple(back(x.reshape(B * K, *x.shape[2:]))[0] for x in window))
-        if log_T is None:
-            kept = jnp.ones((B, *finest.counts.shape[1:]), bool)
-        else:
-            kept = select_lanes(tree, part, valid, layer, log_T).clusters
-        return attended, kept, jnp.sum(valid.astype(jnp.float32), axis=1)
+        return attended, valid
 
-    attended, kept, tokens = jax.lax.map(visit, jnp.arange(n))
+    attended, valid = jax.lax.map(visit, jnp.arange(n))
+    rows = to_rows(q).reshape(n * B * K, T * G, H)
+    if log_T is None:
+        kept = jnp.ones((n * B * K, finest.counts.shape[2]), bool)
+    else:
+        kept = kernels.select(rows, jnp.repeat(valid.reshape(n * B, T), G, axis=1), tree.levels, layer, log_T)
     with jax.named_scope("attend_kept_keys"):
         found = kernels.attend_kept(
-            to_rows(q).reshape(n * B * K, T * G, H), tree.keys, tree.values, kept.reshape(n * B * K, -1),
-            finest.starts[layer], finest.counts[layer], layer,
+            rows, tree.keys, tree.values, kept, finest.starts[layer], finest.counts[layer], layer
         )  # fmt: skip
     share = jnp.mean(found.num_kept.reshape(n, B, K).astype(jnp.float32), axis=2) / tree.num_keys
+    tokens = jnp.sum(valid.astype(jnp.float32), axis=2)
     return Attended(*merge(attended, (back(found.out), back(found.lse))), share), tokens
 
 
