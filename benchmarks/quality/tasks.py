@@ -195,9 +195,9 @@ def _variables(maker: _Maker):
     sentences, asked = [], []
     for _ in range(maker.questions):
         relation, chain = maker.rng.choice(text.RELATIONS), [next(names) for _ in range(HOPS + 1)]
-        targets = [f"the {relation} of {name}" for name in chain[1:]] + [maker.rng.choice(text.ANSWERS)]
+        targets = [f"{name}'s" for name in chain[1:]] + [maker.rng.choice(text.ANSWERS)]
         sentences += [f"The {relation} of {name} is {target}." for name, target in zip(chain, targets, strict=True)]
-        found = [f"the {relation} of [{name}]" for name in chain[1:]] + [f"[{targets[-1]}]"]
+        found = [f"[{name}]'s" for name in chain[1:]] + [f"[{targets[-1]}]"]
         reply = " ".join(f"The {relation} of {name} is {target}." for name, target in zip(chain, found, strict=True))
         asked.append((f"What is the {relation} of {chain[0]}?", reply))
     return maker.chronicle(sentences)[0], asked

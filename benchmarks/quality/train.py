@@ -28,7 +28,7 @@ SHARES = {  # of the sequences
     "multi_key": 2,
     "multi_value": 4,
     "multi_query": 1,
-    "variables": 4,
+    "variables": 2,
     "common_words": 2,
     "frequent_words": 1,
     "facts": 1,
@@ -49,9 +49,9 @@ class Shape:
 PHASES = (
     Phase(Shape(256, 13, 2), 2000, 1e-3, 1e-3, enough=0.97),
     Phase(Shape(384, 9, 3), 1000, 1e-3, 1e-3, enough=0.97),
-    Phase(Shape(1024, 4, 6), 800, 1e-3, 8e-4, enough=0.97),
+    Phase(Shape(1024, 4, 8), 1800, 1e-3, 8e-4, enough=0.99),
     Phase(Shape(4608, 1, 12), 350, 8e-4, 4e-4),
-    Phase(Shape(8704, 1, 12), 100, 4e-4, 2e-5),
+    Phase(Shape(8704, 1, 12), 80, 4e-4, 2e-5),
 )
 
 
