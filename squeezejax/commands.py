@@ -13,7 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from squeezejax import chat, models, storage
+from squeezejax import chat, explain_page, models, storage
+from squeezejax.explain import explain
+from squeezejax.explain_text import context_files, context_ids, pieces
 from squeezejax.generate import dense_generate
 from squeezejax.models.config import parse_config
 from squeezejax.stream import Options, Session, pad
@@ -38,7 +40,7 @@ def read_context(path) -> str:
 
 
 def check_out(path, force: bool, *inputs):
-    """Raises an error unless a tree may be written to path; a file that is there only with force, an input never."""
+    """Raises an error unless a file may be written to path; a file that is there only with force, an input never."""
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file to write")
@@ -48,7 +50,7 @@ def check_out(path, force: bool, *inputs):
         raise PermissionError(f"{target.parent} cannot be written to")
     if target.exists():
         if any(target.samefile(source) for source in inputs):
-            raise ValueError(f"{path} is the text itself; write to another file")
+            raise ValueError(f"{path} is the text itself or the tree; write to another file")
         if not force:
             raise ValueError(f"{path} exists; give --force to replace it")
 
@@ -106,6 +108,7 @@ def ask(arguments):
     model_config = read_model_config(folder)
     tokenizer = chat.load_tokenizer(folder)
     asked = [chat.question_ids(tokenizer, prompt, question) for question in arguments.questions]
+    context = None if arguments.explain is None else _read_squeezed(arguments, tokenizer, header)
     params = models.load(folder, dtype=header.tensors["keys"].dtype)
     tree = storage.load(arguments.tree, params)
     longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
@@ -131,6 +134,8 @@ def ask(arguments):
         else:
             session.restart()
             _answer(asking, session, ids)
+    if context is not None:
+        _explain(asking, ids, session.ids[len(ids) :], context, arguments)
 
 
 def _check_ask(arguments):
@@ -142,10 +147,29 @@ def _check_ask(arguments):
         raise ValueError("--dense reads every key, so it has no --sparsity")
     if arguments.dense and arguments.chat:
         raise ValueError("--dense answers single questions only; for a chat that keeps every key give --sparsity 0")
+    if arguments.explain is not None:
+        _check_explain(arguments)
+    elif arguments.context or arguments.force:
+        raise ValueError("--context and --force go with --explain")
     if arguments.temperature == 0 and (arguments.top_k, arguments.top_p) != (None, None):
         raise ValueError("--top-k and --top-p need a --temperature above 0")
     if arguments.top_p == 0:
         raise ValueError("--top-p must be above 0")
+
+
+def _check_explain(arguments):
+    if arguments.chat or len(arguments.questions) != 1:
+        raise ValueError("--explain shows how one question was answered: ask it alone, without --chat")
+    if arguments.dense:
+        raise ValueError("--dense keeps every key, so there is nothing to explain; for all attention give --sparsity 0")
+    check_out(arguments.explain, arguments.force, arguments.tree, *(arguments.context or ()))
+
+
+def _read_squeezed(arguments, tokenizer, header) -> list[int]:
+    """Ids of the whole squeezed context, from its files."""
+    files = context_files(arguments.context, header.notes)
+    check_out(arguments.explain, arguments.force, *files)
+    return context_ids(tokenizer, [read_context(file) for file in files], header)
 
 
 def asked_model(model: str | None, notes: dict[str, str]) -> Path:
@@ -209,6 +233,26 @@ def _answer_densely(asking: _Asking, ids, number: int):
     if asking.stats:
         rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
         print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
+
+
+def _explain(asking: _Asking, question: list[int], answer: list[int], context: list[int], arguments):
+    """Writes the page that shows what was read for an answer."""
+    options, tokenizer = asking.options, asking.tokenizer
+    # The same program and the same random numbers: only what is kept differs.
+    dense_session = Session(asking.params, asking.tree, dataclasses.replace(options, sparsity=0.0))
+    dense_answer = list(dense_session.reply(question))
+    about = explain_page.About(
+        question=arguments.questions[0].strip(),
+        answer=pieces(tokenizer, answer),
+        dense_answer=None if dense_answer == answer else chat.decode(tokenizer, dense_answer).strip(),
+        context=pieces(tokenizer, context),
+        sparsity=asking.tree.config.sparsity if options.sparsity is None else options.sparsity,
+        tree=os.path.basename(arguments.tree),
+    )
+    found = explain(asking.params, asking.tree, question, answer, sparsity=options.sparsity)
+    with storage.replacing(os.path.realpath(arguments.explain)) as file:
+        file.write(explain_page.render(found, about).encode())
+    print(f"[what was read, as a page for a browser: {arguments.explain}]", file=sys.stderr)
 
 
 def _chat(asking: _Asking, given: list[str]):

@@ -210,6 +210,7 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
 
   squeezejax ask --tree book.tree "Who tells the story?" "How does it end?"
   squeezejax ask --tree book.tree --sparsity 0.95 --stats "Who tells the story?"
+  squeezejax ask --tree book.tree --explain page.html "Who tells the story?"
   squeezejax ask --tree book.tree --chat""",
         _run("squeezejax.commands", "ask"),
     )
@@ -227,6 +228,19 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     command.add_argument(
         "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: 256)"
     )
+    explained = command.add_argument_group("what was read for an answer")
+    explained.add_argument(
+        "--explain",
+        metavar="PAGE",
+        help="write an HTML page that shows which parts of the text were kept, attended and missed; for one question",
+    )
+    explained.add_argument(
+        "--context",
+        action="append",
+        metavar="FILE",
+        help="the squeezed text, and again for each that was appended (default: the files that TREE names)",
+    )
+    explained.add_argument("--force", action="store_true", help="replace PAGE if it exists")
     sampling = command.add_argument_group("random answers")
     sampling.add_argument(
         "--temperature", type=not_negative, default=0.0, metavar="X", help="0 = always the likeliest token (default)"

@@ -58,6 +58,11 @@ class Session:
         self._replies = 0
         self.stats = Stats()  # of the latest reply
 
+    @property
+    def ids(self) -> list[int]:
+        """All that follows the context: what was read, then the latest reply as far as it has come."""
+        return list(self._ids)
+
     def restart(self):
         """Forgets all that followed the context."""
         self._state, self._ids = None, []
