@@ -18,7 +18,7 @@ from benchmarks.public import longbench, metrics, prefixqa, ruler, summary
 from benchmarks.public.run import Setup, run
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
-from squeezejax import chat, models
+from squeezejax import SqueezeConfig, chat, models
 from squeezejax.cli import describe
 from squeezejax.commands import model_directory, read_model_config
 
@@ -35,6 +35,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ruler", type=Path, nargs="+", default=[], metavar="FILE", help="RULER's JSONL")
     parser.add_argument("--prefixqa", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL, our own schema")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.9], help="default: 0.7 0.9")
+    parser.add_argument(
+        "--cluster-fractions",
+        type=float,
+        nargs="+",
+        default=SqueezeConfig().cluster_fractions,
+        help="clusters per key, coarse to fine (default: 0.01 0.05)",
+    )
     parser.add_argument("--max-length", type=int, help="tokens of a prompt (default: what the model can handle)")
     parser.add_argument(
         "--multiple",
@@ -90,6 +97,8 @@ def main(argv=None) -> None:
     records, settings_file = arguments.out / "records.jsonl", arguments.out / "settings.json"
     settings = {name: getattr(arguments, name) for name in ("max_length", "multiple")}
     try:
+        config = SqueezeConfig(cluster_fractions=arguments.cluster_fractions)
+        settings["tree"] = str(config)
         items = read_all(arguments)
         check_settings(settings_file, settings)
         folder = model_directory(arguments.model)
@@ -107,6 +116,7 @@ def main(argv=None) -> None:
         params=params,
         tokenizer=tokenizer,
         sparsities=tuple(dict.fromkeys(arguments.sparsities)),
+        config=config,
         max_length=arguments.max_length,
         multiple=arguments.multiple,
         batch=arguments.batch,

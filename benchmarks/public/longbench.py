@@ -88,8 +88,8 @@ def read(path: Path, config: Config) -> list[Item]:
         before, after = _halves(config, dataset)
         items.append(
             Item(
-                suite="longbench",
-                dataset=dataset + "_e" * is_even,
+                suite="longbench-e" if is_even else "longbench",
+                dataset=dataset,
                 subset=_interval(where, record) if is_even else "",
                 id=record["_id"],
                 context=before.format(input=record["input"]) + record["context"],

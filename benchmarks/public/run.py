@@ -30,6 +30,7 @@ class Setup:
     params: object
     tokenizer: object
     sparsities: tuple[float, ...]
+    config: squeezejax.SqueezeConfig = squeezejax.SqueezeConfig()
     max_length: int | None = None  # tokens of a prompt, before its chat template
     multiple: int = 1  # of which a fixed context's length is one
     batch: int = 8  # questions of one context asked together
@@ -106,7 +107,7 @@ def answer(setup: Setup, members: list[Item], wanted: dict[float | None, list[in
 
 def context_tree(setup: Setup, fixed: np.ndarray):
     """The tree of a context: built, or loaded where it was kept."""
-    config = squeezejax.SqueezeConfig()
+    config = setup.config
     if len(fixed) <= config.observation_window:  # very short samples: half of them is the window
         config = dataclasses.replace(config, observation_window=len(fixed) // 2)
     if setup.trees is None:

@@ -14,7 +14,7 @@ class Item:
 
     suite: str
     dataset: str
-    subset: str  # of lengths, for tables; "" = none
+    subset: str  # of lengths, which tables keep apart; "" = none
     id: str
     context: str  # the prompt up to the end of what is fixed
     question: str  # the rest of the prompt, joint included

@@ -10,7 +10,7 @@ from benchmarks.quality import report
 
 
 def summarize(records: list[dict], items: list[Item], sparsities) -> list[dict]:
-    """A row for each dataset, its subsets of lengths and every sparsity; "average" rows are means over datasets.
+    """A row for each dataset, subset of lengths and sparsity; "average" rows are means over a suite's datasets.
 
     Of the records only those that answer `items`. Scores are 0 to 100; `lost` is dense attention's score less the
     sparsity's, in points, with a 95 % interval by bootstrap over contexts.
@@ -19,8 +19,7 @@ def summarize(records: list[dict], items: list[Item], sparsities) -> list[dict]:
     scores = {(one["key"], one["sparsity"]): one for one in records if one["key"] in asked}
     groups = collections.defaultdict(list)
     for item in items:
-        for subset in dict.fromkeys(("", item.subset)):
-            groups[item.suite, item.dataset, subset].append(item.key)
+        groups[item.suite, item.dataset, item.subset].append(item.key)
     rows = []
     for (suite, dataset, subset), keys in groups.items():
         for sparsity in (DENSE, *sparsities):
@@ -42,15 +41,14 @@ def _compare(pairs: list[tuple[dict, dict]]) -> dict:
 
 
 def _averages(rows: list[dict]) -> list[dict]:
-    """Of each suite with several datasets: means of their rows; questions and contexts add up."""
+    """Where there are several datasets: means of their rows; questions and contexts add up."""
     groups = collections.defaultdict(list)
     for row in rows:
-        if not row["subset"]:
-            groups[row["suite"], row["sparsity"]].append(row)
+        groups[row["suite"], row["subset"], row["sparsity"]].append(row)
     averages = []
-    for (suite, sparsity), members in groups.items():
+    for (suite, subset, sparsity), members in groups.items():
         if len(members) > 1:
-            row = {"suite": suite, "dataset": "average", "subset": "", "sparsity": sparsity}
+            row = {"suite": suite, "dataset": "average", "subset": subset, "sparsity": sparsity}
             row |= {name: sum(one[name] for one in members) for name in ("questions", "contexts")}
             row |= {name: float(np.mean([one[name] for one in members])) for name in ("score", "kept", "kept_reading")}
             averages.append(row | {"lost": float(np.mean([one["lost"] for one in members])), "low": "", "high": ""})
