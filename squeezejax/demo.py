@@ -1,11 +1,13 @@
 """`squeezejax demo`: the embedded model answers questions about a text, densely and squeezed, side by side."""
 
 import dataclasses
+import os
 import shlex
 import statistics
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,7 +39,9 @@ class Answer:
 def demo(arguments):
     """`squeezejax demo`."""
     if arguments.out is not None:
-        check_out(arguments.out, arguments.force)
+        text_file = f"{arguments.out}.txt"
+        for file in (arguments.out, text_file):
+            check_out(file, arguments.force)
     folder = model_directory(EMBEDDED)
     document = text.make_document(arguments.seed, *document_size(arguments.tokens))
     facts = choose_facts(document.facts, arguments.questions)
@@ -47,7 +51,9 @@ def demo(arguments):
     _introduce(document, len(ids), params)
     tree = squeeze(params, ids, SqueezeConfig(sparsity=arguments.sparsity), progress=True)
     if arguments.out is not None:
-        storage.save(arguments.out, tree, {"model": EMBEDDED, "context": "squeezejax demo", **prompt.to_notes()})
+        Path(text_file).write_text(document.text, encoding="utf-8")
+        notes = {"model": EMBEDDED, "context": os.path.abspath(text_file), **prompt.to_notes()}
+        storage.save(arguments.out, tree, notes)
     print(f"\nAnswers at sparsity {arguments.sparsity:g}, dense and squeezed in turn (compiling first):", flush=True)
     asked = [chat.question_ids(tokenizer, prompt, fact.question) for fact in facts]
     ask = _answerer(params, tree, tokenizer)
@@ -111,6 +117,7 @@ def what_next(out: str | None, question: str, lost: bool) -> str:
         commands = {
             f'squeezejax ask --tree {tree} --stats "{question}"': "",
             f"squeezejax ask --tree {tree} --chat": "ask in the words of the questions above",
+            f'squeezejax ask --tree {tree} --explain page.html "{question}"': "see what was read",
             f"squeezejax info {tree}": "what the squeezed text holds",
             **commands,
         }

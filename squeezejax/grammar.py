@@ -55,8 +55,12 @@ squeezed cache, which reads only the keys that matter to the question. Nothing i
     )
     command.add_argument("--questions", type=at_least(1), default=6, metavar="N", help="how many to ask (default: 6)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="another number, another text (default: 0)")
-    command.add_argument("--out", metavar="TREE", help="keep the squeezed text in this file, for `ask` and `info`")
-    command.add_argument("--force", action="store_true", help="replace TREE if it exists")
+    command.add_argument(
+        "--out",
+        metavar="TREE",
+        help="keep the squeezed text in this file, for `ask` and `info`, and the text in TREE.txt",
+    )
+    command.add_argument("--force", action="store_true", help="replace TREE and TREE.txt if they exist")
     return command
 
 

@@ -17,6 +17,7 @@ from torch_models import make_model
 import squeezejax
 from squeezejax import SqueezeConfig, build_tree, chat, cli, commands, demo, info, models, storage, stream
 from squeezejax.chat import assistant, user
+from squeezejax.explain_text import context_ids
 
 QUESTION = "What is the passcode of Amber Falcon?"
 
@@ -329,4 +330,7 @@ def test_demo(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "right answers   dense 2 of 2, squeezed" in out
     assert out.count("keys read 100.0%") == 2
-    assert (tmp_path / "demo.tree").exists()
+    header, kept_text = storage.read_header(tmp_path / "demo.tree"), (tmp_path / "demo.tree.txt").read_text()
+    assert header.notes["context"] == f"{tmp_path}/demo.tree.txt"
+    tokenizer = chat.load_tokenizer(commands.model_directory(commands.EMBEDDED))
+    assert context_ids(tokenizer, [kept_text], header)  # as `ask --explain` checks it

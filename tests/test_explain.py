@@ -2,7 +2,10 @@
 
 import hashlib
 import html.parser
+import json
+import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +14,9 @@ import numpy as np
 import oracle
 import pytest
 from chat_models import CHATML, CONTEXT, KINDS, make_tokenizer
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.support.ui import WebDriverWait
 
 import squeezejax
 from squeezejax import SqueezeConfig, chat, cli, commands, explain_page, fallback, sharding, storage, stream
@@ -269,18 +275,26 @@ def test_a_long_text_is_shown_in_part(monkeypatch):
     assert {address for address in page.addresses if not address.startswith("#")} == {"data:,"}
 
 
-def test_classes_say_the_shade(monkeypatch):
-    """A token's classes count the bounds that its values reach."""
+def check_shades(classes, attended, kept, missed):
+    """Classes of every token count the bounds that its values reach; kept and missed lack the window's W."""
+    kept = np.concatenate([kept, np.ones(len(attended) - len(kept))])
+    missed = np.concatenate([missed, np.zeros(len(attended) - len(missed))])
+    mass, share = explain_page.MASS_BOUNDS, explain_page.SHARE_BOUNDS
+    assert len(classes) == len(attended)
+    for found, *values in zip(classes, attended, kept, missed, strict=True):
+        for letter, value, bounds in zip("akm", values, (mass, share, mass), strict=True):
+            if all(abs(value / bound - 1) > 0.05 for bound in bounds):  # numbers are rounded before
+                assert f"{letter}{sum(value >= bound for bound in bounds)}" in found
+
+
+def whole_answer(found):
+    return [x.mean(axis=0) for x in (found.token_attended, found.token_kept, found.token_missed)]
+
+
+def test_classes_say_the_shade():
     found = make_explanation(1, 4, 3, 2, 90, 10)
     page = Page(explain_page.render(found, make_about([Piece(f" w{i}") for i in range(100)])))
-    attended, kept = found.token_attended.mean(axis=0), found.token_kept.mean(axis=0)
-    missed = found.token_missed.mean(axis=0)
-    for i, (classes, _) in enumerate(page.tokens):
-        values = (attended[i], kept[i] if i < 90 else 1, missed[i] if i < 90 else 0)
-        all_bounds = (explain_page.MASS_BOUNDS, explain_page.SHARE_BOUNDS, explain_page.MASS_BOUNDS)
-        for letter, value, bounds in zip("akm", values, all_bounds, strict=True):
-            if all(abs(value / bound - 1) > 0.05 for bound in bounds):  # numbers are rounded before
-                assert f"{letter}{sum(value >= bound for bound in bounds)}" in classes
+    check_shades([classes for classes, _ in page.tokens], *whole_answer(found))
 
 
 def test_what_a_text_says_is_not_markup():
@@ -352,7 +366,7 @@ WRONG = {
     "the tree": ("--explain {0}/text.tree --force", "is the text itself or the tree"),
     "the text": ("--explain {0}/text.txt --force", "is the text itself or the tree"),
     "a chat": ("--explain {0}/new.html --chat", "without --chat"),
-    "two questions": ("--explain {0}/new.html Why?", "ask it alone"),
+    "two questions": ("Why? --explain {0}/new.html", "ask it alone"),
     "dense": ("--explain {0}/new.html --dense", "give --sparsity 0"),
     "other text": ("--explain {0}/new.html --context {0}/other.txt", "is not the one that was squeezed"),
     "one text too many": ("--explain {0}/new.html" + 2 * " --context {0}/text.txt", "is not the one that was squeezed"),
@@ -373,3 +387,193 @@ def test_wrong_input_is_refused_before_the_model_is_loaded(asked, line, sentence
     assert sentence in err
     assert (folder / "page.html").read_bytes() == before
     assert not (folder / "new.html").exists()
+
+
+# ---- The page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium that makes no requests of its own."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        missing = "chromium and chromedriver are not installed (Debian: chromium, chromium-driver)"
+        assert os.environ.get("SQUEEZEJAX_BROWSER") != "required", missing
+        pytest.skip(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.add_argument("--headless")
+    options.add_argument("--no-first-run")
+    options.add_argument("--window-size=1200,900")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    for feature in ("quic", "background-networking", "component-update", "sync", "gpu"):
+        options.add_argument(f"--disable-{feature}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # Chromium refuses to run as root otherwise
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, asked):
+    """The page, ready; at the end nothing must have been reported to the console or asked of a network."""
+    address = (asked.folder / "page.html").as_uri()
+    browser.get_log("performance")
+    browser.get(address)
+    WebDriverWait(browser, 60).until(lambda _: browser.find_elements("css selector", "html.js"))
+    yield browser
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert {request.partition("#")[0] for request in requests} == {address}
+
+
+def all_of(browser, selector, value):
+    """A JavaScript expression of every element `e` that a selector finds."""
+    return browser.execute_script(f"return [...document.querySelectorAll(arguments[0])].map(e => {value})", selector)
+
+
+def classes_of(browser):
+    return [classes.split() for classes in all_of(browser, "#text .t", "e.className")]
+
+
+def text_of(browser, identifier):
+    return browser.find_element("id", identifier).text
+
+
+def press(browser, selector, number=0):
+    """Clicks by script: where the page has scrolled to does not matter."""
+    browser.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, number)
+
+
+def rgba(colour):
+    """(red, green, blue, alpha) of a computed colour."""
+    numbers = [float(number) for number in re.findall(r"[\d.]+", colour)]
+    return (*numbers, 1.0) if len(numbers) == 3 else tuple(numbers)
+
+
+def test_opens_as_it_is(opened, asked):
+    assert opened.title == f"What was read: {asked.question}"  # nothing in the text has run
+    assert HOSTILE in opened.execute_script("return document.getElementById('text').textContent")
+    assert text_of(opened, "kept-fraction") == f"{100 * asked.session.stats.kept:.1f} %"
+    check_shades(classes_of(opened), *whole_answer(asked.found))
+    cells = np.array(all_of(opened, ".cell", "e.innerText"), float).reshape(asked.found.kept.shape[1:])
+    np.testing.assert_allclose(cells, 100 * asked.found.kept.mean(axis=0), atol=0.051)
+
+
+def test_views_colour_what_they_say(opened, asked):
+    """Each view shades the tokens that have most of its kind, and no token without it."""
+    values = dict(zip(("attended", "kept", "missed"), whole_answer(asked.found), strict=True))
+    hues = set()
+    for kind, share in values.items():
+        press(opened, f"#view-{kind}")
+        colours = [rgba(colour) for colour in all_of(opened, "#text .t", "getComputedStyle(e).backgroundColor")]
+        most, least = int(np.argmax(share)), int(np.argmin(share))
+        assert colours[most][3] > 0.2
+        assert colours[most][3] > colours[least][3] + 0.15
+        hues.add(colours[most][:3])
+        assert text_of(opened, "map-note").split()[:2] == (
+            ["Attention", "that"] if kind == "missed" else ["Keys", "that"]
+        )
+    assert len(hues) == 3
+    cells = np.array(all_of(opened, ".cell", "e.innerText"), float)
+    np.testing.assert_allclose(cells, 100 * asked.found.missed.mean(axis=0).reshape(-1), atol=0.051)
+
+
+def test_a_head_by_itself(opened, asked):
+    found = asked.found
+    press(opened, ".cell", 5)
+    check_shades(classes_of(opened), found.head_attended[2, 1], found.head_kept[2, 1], found.head_missed[2, 1])
+    assert text_of(opened, "scope-text") == "Layer 2, head 1, the whole answer."
+    assert all_of(opened, "[aria-pressed=true]", "e.dataset.row") == ["6"]
+    for identifier, share in (("most-attended", found.head_attended[2, 1]), ("most-missed", found.head_missed[2, 1])):
+        listed = all_of(opened, f"#{identifier} small", "e.textContent")
+        numbers = [float(note.split()[1]) for note in listed]
+        assert numbers == sorted(numbers, reverse=True)
+        assert 0 < sum(numbers) <= 103 * share.sum()
+    press(opened, ".cell", 5)
+    check_shades(classes_of(opened), *whole_answer(found))
+
+
+def test_a_word_by_itself(opened, asked):
+    found = asked.found
+    press(opened, ".word", 1)
+    check_shades(classes_of(opened), found.token_attended[1], found.token_kept[1], found.token_missed[1])
+    word = all_of(opened, ".word", "e.textContent")[1]
+    assert text_of(opened, "scope-text").startswith(f"“{word}”, all layers and heads: written with probability")
+    cells = np.array(all_of(opened, ".cell", "e.innerText"), float)
+    np.testing.assert_allclose(cells, 100 * found.kept[1].reshape(-1), atol=0.051)
+    opened.find_element("tag name", "body").send_keys("\ue00c")  # Escape
+    assert text_of(opened, "scope-text") == "The whole answer, all layers and heads."
+    check_shades(classes_of(opened), *whole_answer(found))
+
+
+def test_numbers_under_the_pointer(opened, asked):
+    number = int(np.argmax(asked.found.token_attended.mean(axis=0)[:100]))
+    token = opened.find_elements("css selector", "#text .t")[number]
+    ActionChains(opened).scroll_to_element(token).move_to_element(token).perform()
+    lines = text_of(opened, "tip").splitlines()
+    assert lines[0] == f"token {number}: “{token.text.strip()}”"
+    shares = [float(re.search(r"([\d.]+) %", line)[1]) / 100 for line in lines[1:]]
+    expected = [share[number] for share in whole_answer(asked.found)]
+    np.testing.assert_allclose(shares, expected, rtol=0.06, atol=0.003)
+
+
+def test_passages_lead_into_the_text(opened):
+    link = opened.find_element("css selector", "#most-attended a")
+    link.click()
+    target = opened.find_element("css selector", ":target")
+    assert link.text in target.text
+    top, height = opened.execute_script(
+        "return [document.querySelector(':target').getBoundingClientRect().top, innerHeight]"
+    )
+    assert 0 <= top < height
+
+
+def test_without_javascript(browser, asked):
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get((asked.folder / "page.html").as_uri())
+        colours = {}
+        for kind in ("attended", "kept", "missed"):
+            browser.find_element("id", f"view-{kind}").click()
+            colours[kind] = set(all_of(browser, "#text .t", "getComputedStyle(e).backgroundColor"))
+        assert not browser.find_element("class name", "hint").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    check_shades(classes_of(browser), *whole_answer(asked.found))
+    assert all(len(shown) > 2 for shown in colours.values())
+
+
+def test_colours_can_be_read(opened):
+    """Every text on its background has the contrast that WCAG 2.1 asks for (4.5), by day and by night."""
+    for scheme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        page = rgba(opened.find_element("tag name", "body").value_of_css_property("background-color"))
+        assert (luminance(page) < 0.1) == (scheme == "dark")
+        for kind in ("attended", "kept", "missed"):
+            press(opened, f"#view-{kind}")
+            style = "[getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+            for ink, ground in all_of(opened, "#text .t:not(.special), .cell, .swatch, .hint, #scope-text, p", style):
+                *ground, alpha = rgba(ground)
+                mixed = [alpha * over + (1 - alpha) * under for over, under in zip(ground, page, strict=False)]
+                lighter, darker = sorted((luminance(rgba(ink)), luminance(mixed)), reverse=True)
+                assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (scheme, kind, ink, ground, alpha)
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def luminance(colour):
+    """Relative luminance as WCAG defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour[:3])]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_fits_a_telephone(opened):
+    size = {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    widths = opened.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert widths == [360, 360]
