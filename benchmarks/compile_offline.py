@@ -8,7 +8,8 @@ import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
-from squeezejax.pallas_kernels import dispatch, kmeans_assign, sparse_prefill  # isort: skip
+from squeezejax.pallas_kernels import block_scores, dispatch, kmeans_assign, sparse_prefill  # isort: skip
+from squeezejax.pallas_kernels.centroid_tiles import Read  # isort: skip
 
 
 def cases():
@@ -23,6 +24,10 @@ def cases():
             where = "registers" if in_registers else "shared memory"
             name = f"8 blocks of 512 rows, 8 heads of {head_dim}, probabilities in {where}"
             yield name, lambda H=head_dim, form=form: compile_prefill(H, form)
+    for head_dim in block_scores.CONFIGS:
+        for listed in (False, True):
+            name = f"scores of 32 blocks of 512 rows, 8 heads of {head_dim}, {'listed' if listed else 'all'} of 6,553"
+            yield name, lambda H=head_dim, listed=listed: compile_scores(H, listed)
 
 
 def compile_assignment(head_dim: int, with_second: bool) -> deviceless.Program:
@@ -43,6 +48,17 @@ def compile_prefill(head_dim: int, config: sparse_prefill.Config) -> deviceless.
     lists = shape((64, 16_384), jnp.int32), shape((64,), jnp.int32), shape((), jnp.int32)
     attend = lambda *arguments: sparse_prefill.attend_items(*arguments, config=config)
     return deviceless.compile_program(attend, *deviceless.on_device((q, cache, cache, *lists)))
+
+
+def compile_scores(head_dim: int, listed: bool) -> deviceless.Program:
+    """Both passes of scoring 32 blocks of 128 tokens and 4 query heads a key/value head."""
+    shape, C = jax.ShapeDtypeStruct, 6656
+    lanes, rows = (256, 512) if listed else (8, 32 * 512)
+    part = shape((8, C, head_dim), jnp.bfloat16)
+    lists = (shape((256, C // 8), jnp.int32), shape((256,), jnp.int32)) if listed else ()
+    read = Read(part, part, shape((lanes, C), jnp.float32), *lists)
+    arguments = shape((lanes, rows, head_dim), jnp.bfloat16), shape((lanes, rows), bool), read, shape((), jnp.float32)
+    return deviceless.compile_program(block_scores.sum_scores, *deviceless.on_device(arguments))
 
 
 def compile_kmeans(heads: int = 8, num_keys: int = 131_072, head_dim: int = 128) -> deviceless.Program:

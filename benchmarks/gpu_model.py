@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_visit` learns of a whole model: decode tokens a second of 8B-shaped random weights."""
+"""What `benchmarks.gpu_visit` learns of a whole model of 8B shape, random weights: the first token, and decoding."""
 
 import dataclasses
 import functools
@@ -10,8 +10,11 @@ import numpy as np
 
 import squeezejax
 from benchmarks.gpu_trees import device_tree, find_thresholds
+from squeezejax import cudnn
+from squeezejax.generate import _prefill, empty_state
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
+from squeezejax.partial import merge
 
 SHAPE_8B = LlamaConfig(
     vocab_size=128_256, model_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
@@ -22,15 +25,14 @@ CONTEXTS = {"32K": (2**15, (0.05,)), "128K": (2**17, (0.05,)), "384K": (3 * 2**1
 
 def suites() -> dict:
     """name -> what to run, in order of value."""
-    return {f"model 8B, {name}": functools.partial(time_model, *context) for name, context in CONTEXTS.items()}
+    decode = {f"model 8B, {name}": functools.partial(time_model, *context) for name, context in CONTEXTS.items()}
+    return decode | {"first token 8B, 1K over 128K": functools.partial(time_first_token, *CONTEXTS["128K"], 1024)}
 
 
 def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -> dict:
     """Seconds a token of `generate`, a tenth of the keys kept, and of `dense_generate`; bytes that a token reads."""
-    config, num_keys, fractions = (TINY, 640, (0.2,)) if dry else (SHAPE_8B, num_keys, fractions)
-    params = jax.jit(lambda key: Llama(config, key=key, dtype=jnp.bfloat16))(jax.random.key(seed))
-    shape = {"layers": config.num_layers, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    tree = device_tree(num_keys, fractions, **shape, seed=seed)
+    params, tree = _model(num_keys, fractions, dry, seed)
+    fractions = tree.config.cluster_fractions
     few, many = (1, 2) if dry else (8, 72)
 
     def at(log_T):
@@ -53,6 +55,50 @@ def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int
     centroids = sum(level.centroids.nbytes for level in tree.levels)  # an upper bound below the coarsest level
     cache = tree.keys.nbytes + tree.values.nbytes
     return found | {"weight bytes": weights, "kept bytes": kept * cache, "centroid bytes": centroids}
+
+
+def time_first_token(num_keys: int, fractions: tuple[float, ...], num_tokens: int, dry: bool, seed: int) -> dict:
+    """Seconds from a user's tokens to the next one's logits, a tenth of the keys kept, and with dense attention."""
+    params, tree = _model(num_keys, fractions, dry, seed)
+    T = 40 if dry else num_tokens
+    tokens = jax.random.randint(jax.random.key(seed), (1, T), 0, params.config.vocab_size)
+    state, lengths = empty_state(params, tree, 1, T), jnp.full(1, T, jnp.int32)
+    prefill = lambda log_T: _prefill(params, tree, state, tokens, lengths, log_T, "mosaic")
+    log_T, kept = find_thresholds(
+        lambda log_T: prefill(log_T).kept_fraction[0], len(tree.levels), 0.5 if dry else 0.10, coarse=dry
+    )
+    timed = lambda call: _seconds(call, 1 if dry else 5)
+    found = {"kept fraction": kept, "first token, ours": timed(lambda: prefill(log_T).logits)}
+    dense = {"first token, our dense kernel": timed(lambda: prefill(None).logits)}
+    cache = [x[:, :, : tree.num_keys].swapaxes(1, 2) for x in (tree.keys, tree.values)]  # [L S K H], as cuDNN reads it
+    library = jax.jit(functools.partial(_dense_logits, implementation="xla" if dry else "cudnn"))
+    try:
+        dense["first token, cuDNN"] = timed(lambda: library(params, cache, tokens))
+    except Exception as error:  # a missing contender must not hide the others, nor go unsaid
+        found["first token, cuDNN"] = f"{type(error).__name__}: {error}"[:200]
+    return found | dense | {"times over best dense": min(dense.values()) / found["first token, ours"]}
+
+
+def _dense_logits(params, cache, tokens, implementation: str):
+    """Logits f32[1 V] after tokens i32[1 T] that attend by a library to keys, values [L S K H] and to one another."""
+    T, S = tokens.shape[1], cache[0].shape[1]
+    start = jnp.zeros(1, jnp.int32)
+
+    def attend(carry, layer, q, k, v):
+        fixed = cudnn.attend_rows(q, *(x[layer][None] for x in cache), implementation)
+        own = cudnn.attend_own(q, k, v, start, implementation=implementation)
+        return carry, merge(fixed, own)[0].reshape(q.shape)
+
+    x, _ = params.run_layers(params.embed(tokens), S + jnp.arange(T)[None, :], attend, None)
+    return params.unembed(x[:, -1:])[:, 0]
+
+
+def _model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int):
+    """(params, tree of a context); tiny ones for a rehearsal."""
+    config, num_keys, fractions = (TINY, 640, (0.2,)) if dry else (SHAPE_8B, num_keys, fractions)
+    params = jax.jit(lambda key: Llama(config, key=key, dtype=jnp.bfloat16))(jax.random.key(seed))
+    shape = {"layers": config.num_layers, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    return params, device_tree(num_keys, fractions, **shape, seed=seed)
 
 
 def _seconds(call, rounds: int) -> float:

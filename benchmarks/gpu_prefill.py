@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_visit` learns of prefill: the attention kernel checked, then whole layers timed."""
+"""What `benchmarks.gpu_visit` learns of prefill: kernels checked, then whole layers timed, and selection apart."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import numpy as np
 
 from benchmarks.gpu_trees import device_tree, find_thresholds, queries, require, seconds_a_step
 from squeezejax.attention import attend_user
-from squeezejax.pallas_kernels import reference_prefill, sparse_prefill
+from squeezejax.pallas_kernels import block_scores, prefill, reference_prefill, self_check, sparse_prefill
+from squeezejax.pallas_kernels.centroid_tiles import Read, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +22,26 @@ class Prefill:
     num_keys: int
     tokens: int
     kept: float
+    fractions: tuple[float, ...] = (0.05,)
 
     def __str__(self):
-        return f"{self.heads}/{self.kv_heads}, {self.num_keys // 1024}K, {self.tokens} tokens, {self.kept:.2f}"
+        levels = "" if len(self.fractions) == 1 else f", {len(self.fractions)} levels"
+        return f"{self.heads}/{self.kv_heads}, {self.num_keys // 1024}K, {self.tokens} tokens, {self.kept:.2f}{levels}"
 
 
 CASES = [
     *(Prefill(32, 8, S, T, 0.1) for S in (2**17, 2**19) for T in (1024, 4096)),
     Prefill(32, 8, 2**17, 4096, 0.3),
     *(Prefill(32, 32, 2**17, T, 0.1) for T in (1024, 4096)),
+    *(Prefill(32, 8, S, 4096, 0.1, (0.01, 0.05)) for S in (2**17, 2**19)),
 ]
+SCORES_TOLERANCE = 1e-4  # relative, of sums of shares at logits of some ±25
 
 
 def suites() -> dict:
     """name -> what to run, in order of value."""
     timed = {f"time prefill {case}": functools.partial(time_prefill, case) for case in CASES}
-    return {"check prefill": check_prefill} | timed
+    return {"check prefill": check_prefill, "check prefill scores": check_scores} | timed
 
 
 def check_prefill(dry: bool, seed: int) -> dict:
@@ -64,11 +69,51 @@ def check_prefill(dry: bool, seed: int) -> dict:
     return {"largest error": worst}
 
 
+def check_scores(dry: bool, seed: int) -> dict:
+    """Sums of shares of listed and of all clusters, the largest error relative to float64; then whole selections."""
+    worst, rng = 0.0, np.random.default_rng(seed)
+    for H in list(block_scores.CONFIGS)[: 1 if dry else None]:
+        for listed in (False, True):
+            U, M, C = (2, 128, 256) if dry else (8, 1280, 1536)
+            q = jnp.asarray(4 * rng.standard_normal((U, M, H)), jnp.bfloat16)
+            centroids = rng.standard_normal((2, C, H)).astype(np.float32)
+            valid = rng.random((U, M)) < 0.9
+            order = np.stack([rng.permutation(C // 8) for _ in range(U)]).astype(np.int32)
+            number = rng.integers(0, C // 8 + 1, U).astype(np.int32) if listed else np.full(U, C // 8, np.int32)
+            lists = (order, number) if listed else ()
+            if not listed:
+                order[:] = np.arange(C // 8)
+            rows = (order[:, :, None] * 8 + np.arange(8)).reshape(U, C)  # clusters by position
+            weights = rng.integers(0, 40, (U, C)).astype(np.float32)
+            weights[np.arange(C)[None, :] >= 8 * number[:, None]] = 0
+            read = Read(*split(jnp.asarray(centroids), q.dtype), jnp.asarray(weights), *map(jnp.asarray, lists))
+            run = jax.jit(block_scores.sum_scores)
+            log_T = jnp.float32(-np.log(weights.sum() / U))
+            found, again = (np.asarray(run(q, valid, read, log_T)) for _ in range(2))
+            for u in range(U):
+                alive = weights[u] > 0
+                require(np.array_equal(found[u][:, alive], again[u][:, alive]), f"two runs differ, {H}, {listed=}")
+                want = _sums(q[u], valid[u], centroids[u % 2][rows[u]][alive], weights[u][alive], float(log_T))
+                worst = max(worst, float(np.max(np.abs(found[u][:, alive] / want - 1), initial=0)))
+        require(worst < SCORES_TOLERANCE, f"relative error {worst}, head size {H}")
+        self_check.block_selection(H, "bfloat16")
+    return {"largest relative error": worst}
+
+
+def _sums(q, valid, centroids, counts, log_T: float):
+    """Σ exp(log S − log T) over the valid rows of each 128 of q [M H], in float64: [M/128 C]."""
+    scores = np.asarray(q, np.float64) @ np.asarray(centroids, np.float64).T / np.sqrt(q.shape[1])
+    top = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    shares = np.exp(scores - top)
+    shares = shares / (shares @ counts)[:, None] * np.exp(-log_T)
+    return np.where(valid[:, None], shares, 0).reshape(len(q) // 128, 128, -1).sum(axis=1)
+
+
 def time_prefill(case: Prefill, dry: bool, seed: int) -> dict:
     """Everything included (scores, selection, lists, kept keys, window, own tokens), against the best dense."""
     case = dataclasses.replace(case, heads=4, kv_heads=2, num_keys=1280, tokens=130) if dry else case
     K, G, T, S = case.kv_heads, case.heads // case.kv_heads, case.tokens, case.num_keys
-    tree = device_tree(S, (0.05,), kv_heads=K, seed=seed)
+    tree = device_tree(S, case.fractions, kv_heads=K, seed=seed)
     H = tree.keys.shape[3]
     q = queries(tree, T, G, seed).reshape(1, T, K * G, H)
     own = queries(tree, T, 1, seed + 1).reshape(1, T, K, H)
@@ -78,11 +123,22 @@ def time_prefill(case: Prefill, dry: bool, seed: int) -> dict:
         return attend_user(tree, q, own, own, jnp.int32(0), start, lengths, log_T, name)
 
     kept_fraction = jax.jit(lambda log_T, tree, q, own: attend(q, tree, own, log_T, "xla" if dry else "mosaic").kept[0])
-    log_T, kept = find_thresholds(lambda log_T: kept_fraction(log_T, tree, q, own), 1, case.kept, coarse=dry)
+    log_T, kept = find_thresholds(
+        lambda log_T: kept_fraction(log_T, tree, q, own), len(case.fractions), case.kept, coarse=dry
+    )
     measure = functools.partial(seconds_a_step, steps=1 if dry else 10, rounds=1 if dry else 5)
     ours = lambda q, tree, own, log_T: attend(q, tree, own, log_T, "mosaic").out
     dense = lambda q, tree, own: attend(q, tree, own, None, "mosaic").out
+
+    def select(q, tree, log_T):
+        rows = q.reshape(T, K, G * H)  # of one block a user: as many rows as there are, whichever token's
+        blocks = jnp.pad(rows, ((0, -T % 128), (0, 0), (0, 0))).reshape(-1, 128, K, G, H).swapaxes(1, 2)
+        valid = jnp.ones((blocks.shape[0], 128 * G), bool)
+        kept = prefill.select(blocks.reshape(-1, 128 * G, H), valid, tree.levels, jnp.int32(0), log_T)
+        return q * jnp.mean(kept.astype(q.dtype))
+
     found = {"kept fraction": kept, "ours": measure(ours, q, tree, own, log_T)}
+    found["selection alone"] = measure(select, q, tree, log_T)
     found["our dense kernel"] = measure(dense, q, tree, own)
     keys, values = (cache[:, :, :S].swapaxes(1, 2) for cache in (tree.keys, tree.values))
     library = functools.partial(jax.nn.dot_product_attention, implementation="xla" if dry else "cudnn")

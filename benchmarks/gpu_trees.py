@@ -4,6 +4,7 @@ What a step costs depends on shapes and on how many keys are kept, not on where 
 around random centres, no K-means. No copy of the cache is ever made.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -37,8 +38,10 @@ def device_tree(
             rows = np.take_along_axis(edges, starts, axis=1)
             counts = np.take_along_axis(edges, starts + members, axis=1) - rows
             children = (starts, members)
+            owners = np.stack([np.repeat(np.arange(C), head) for head in members])
+            levels[0] = dataclasses.replace(levels[0], parents=_all_layers(owners, L))
         centroids = jax.random.normal(jax.random.key(seed + depth), (L, K, C, H))
-        parents = np.zeros((K, C), np.int32)  # which no kernel reads
+        parents = np.zeros((K, C), np.int32)
         numbers = [_all_layers(x, L) for x in (counts, rows, parents, *children)]
         levels.insert(0, Level(centroids, *numbers))
         members_below, below = counts, C

@@ -16,6 +16,7 @@ from squeezejax.pallas_kernels.select_blocks import select_blocks, table
 
 LISTED_ROWS = 1 << 26  # rows that lists are made for at once; each costs some bytes
 MOST_SUMS = 1 << 26  # of 128 query rows' scores of one cluster, at once
+MOST_CHUNKS = 1 << 15  # of 128 query rows, at once: a launch's grid has at most 65,535 of them
 
 
 class Attended(NamedTuple):
@@ -42,9 +43,9 @@ def select(q, valid, levels, layer, log_T):
 
     def score(q, valid):
         tables = [table(level, layer, q.dtype) for level in levels]
-        sums = K * -(-M // block_scores.CHUNK) * max(table.counts.shape[1] for table in tables)  # of one block
+        sums = K * _chunks(M) * max(table.counts.shape[1] for table in tables)  # of one block
         keep = lambda q, valid: select_blocks(q, valid, tables, log_T)[:, :, :C]
-        return _in_groups(keep, max(1, MOST_SUMS // sums), q, valid)
+        return _in_groups(keep, min(MOST_SUMS // sums, MOST_CHUNKS // (K * _chunks(M))), q, valid)
 
     def keep_all(q, valid):
         return jnp.any(valid, axis=1)[:, None, None] & (levels[-1].counts[layer] > 0)[None]
@@ -71,14 +72,19 @@ def attend_kept(q, keys, values, kept, starts, counts, layer) -> Attended:
         return [x.reshape(-1, K, *x.shape[1:]) for x in found]
 
     kept = kept.reshape(-1, *counts.shape)
-    out, lse = _in_groups(attend_some, max(1, LISTED_ROWS // (K * R)), q.reshape(-1, K, M, H), kept)
+    most = min(LISTED_ROWS // (K * R), MOST_CHUNKS // (K * _chunks(M)))
+    out, lse = _in_groups(attend_some, most, q.reshape(-1, K, M, H), kept)
     num_kept = jnp.sum(jnp.where(kept, counts, 0), axis=-1)
     return Attended(out.reshape(U, M, H), lse.reshape(U, M), num_kept.reshape(U))
 
 
+def _chunks(num_rows: int) -> int:
+    return -(-num_rows // block_scores.CHUNK)
+
+
 def _in_groups(function, most: int, *xs):
-    """function(*xs), whose arguments and results have one leading axis, on at most so many of it at a time."""
-    n = len(xs[0])
+    """function(*xs), whose arguments and results have one leading axis, on at most so many of it at a time, or one."""
+    n, most = len(xs[0]), max(1, most)
     if n <= most:
         return function(*xs)
     groups = -(-n // most)

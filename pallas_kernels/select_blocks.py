@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.pallas_kernels import block_scores
+from squeezejax.pallas_kernels.centroid_tiles import Read, split
 from squeezejax.pallas_kernels.mosaic import GRANULE
 
 
 class Table(NamedTuple):
     """One layer of a level, its clusters padded with some of no key to C', a multiple of 128."""
 
-    high: jax.Array  # [K C' H], `block_scores.split` of the centroids
+    high: jax.Array  # [K C' H], `split` of the centroids
     low: jax.Array
     counts: jax.Array  # i32[K C']
     parents: jax.Array  # i32[K C']
@@ -26,7 +27,7 @@ def table(level, layer, dtype) -> Table:
     """The fields of a tree's `Level` as one layer's scoring reads them; layer i32[], may be traced."""
     padding = ((0, 0), (0, -level.counts.shape[2] % block_scores.FIRST))
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-    parts = block_scores.split(take(level.centroids), dtype)
+    parts = split(take(level.centroids), dtype)
     return Table(
         *(jnp.pad(x, (*padding, (0, 0))) for x in parts),
         *(jnp.pad(take(x), padding) for x in (level.counts, level.parents)),
@@ -62,7 +63,7 @@ def _score_all(q, valid, here: Table, log_T):
     n, K, M, H = q.shape
     rows = jnp.swapaxes(q, 0, 1).reshape(K, n * M, H)  # a head's blocks read the same centroids
     rows_valid = jnp.broadcast_to(valid.reshape(1, n * M), (K, n * M))
-    read = block_scores.Read(here.high, here.low, here.counts.astype(jnp.float32))
+    read = Read(here.high, here.low, here.counts.astype(jnp.float32))
     sums = block_scores.sum_scores(rows, rows_valid, read, log_T)
     return jnp.swapaxes(jnp.sum(sums.reshape(K, n, -1, sums.shape[2]), axis=2), 0, 1)
 
@@ -81,7 +82,7 @@ def _score_alive(q, valid, here: Table, alive, log_T):
 
     weights = by_granule(jnp.where(alive, here.counts[None], 0).astype(jnp.float32))[lane, granules]
     weights = jnp.where((number < num_granules[:, None])[:, :, None], weights, 0.0).reshape(lanes, C)
-    read = block_scores.Read(here.high, here.low, weights, granules, num_granules)
+    read = Read(here.high, here.low, weights, granules, num_granules)
     valid = jnp.broadcast_to(valid[:, None], (n, K, M)).reshape(lanes, M)
     sums = jnp.sum(block_scores.sum_scores(q.reshape(lanes, M, H), valid, read, log_T), axis=1)
     return by_granule(sums)[lane, jnp.maximum(position, 0)].reshape(n, K, C)

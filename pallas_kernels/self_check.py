@@ -12,6 +12,7 @@ import numpy as np
 from squeezejax.pallas_kernels import (
     decode,
     kmeans_assign,
+    prefill,
     reference_decode,
     reference_kmeans,
     reference_prefill,
@@ -62,7 +63,13 @@ def decode_step(head_dim: int, group: int, dtype: str):
 
 
 def prefill_blocks(head_dim: int, dtype: str):
-    """Raises ArithmeticError unless attention of a few blocks over random lists comes out right, and twice the same."""
+    """Raises ArithmeticError unless a few blocks select and attend right, and twice the same."""
+    block_attention(head_dim, dtype)
+    block_selection(head_dim, dtype)
+
+
+def block_attention(head_dim: int, dtype: str):
+    """The same for attention alone, over random lists."""
     rng = np.random.default_rng(0)
     U, M, K, R = 4, 70, 2, 512
     random = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
@@ -76,6 +83,43 @@ def prefill_blocks(head_dim: int, dtype: str):
     want, want_lse = reference_prefill.attend_items(*map(np.asarray, (q, keys, values)), items, counts, 0)
     _require(np.abs(first[0] - want).max() < OUT_TOLERANCE, "outputs are wrong")
     _require(np.abs(first[1] - want_lse)[counts > 0].max() < LSE_TOLERANCE, "log-sum-exps are wrong")
+
+
+def block_selection(head_dim: int, dtype: str):
+    """Raises ArithmeticError unless blocks keep the right clusters of a random two-level tree, and twice the same."""
+    rng = np.random.default_rng(0)
+    K, H, C = 2, head_dim, CLUSTERS * CHILDREN
+    random = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    level = lambda counts, parents: types.SimpleNamespace(
+        centroids=random(*counts.shape, H),
+        counts=counts.astype(np.int32),
+        parents=np.broadcast_to(parents, counts.shape),
+    )
+    counts = rng.integers(0, 2 * MEMBERS, (1, K, C))
+    fine = level(counts, np.arange(C, dtype=np.int32) // CHILDREN)
+    coarse = level(counts.reshape(1, K, CLUSTERS, CHILDREN).sum(axis=3), np.int32(0))
+    q = jnp.asarray(2 * random(2 * K, 150, H), dtype)
+    valid = np.arange(150)[None, :] < np.array([[150], [70]])
+
+    def reference(u, levels, log_T):
+        of_head = [types.SimpleNamespace(**{name: x[0, u % K] for name, x in vars(x).items()}) for x in levels]
+        return reference_prefill.kept_clusters(q[u], valid[u // K], of_head, log_T)[-1]
+
+    log_T = []
+    for depth in range(2):
+        levels = (coarse, fine)[: depth + 1]
+        log_T.append(_in_widest_gap(np.concatenate([reference(u, levels, [*log_T, 0.0])[0] for u in range(len(q))])))
+    select = jax.jit(lambda q, log_T: prefill.select(q, valid, (coarse, fine), jnp.int32(0), log_T))
+    first, second = (jax.device_get(select(q, jnp.asarray(log_T, jnp.float32))) for _ in range(2))
+    _require(np.array_equal(first, second), "two runs differ")
+    for u, kept in enumerate(first):
+        _require(np.array_equal(kept, reference(u, (coarse, fine), log_T)[1]), "the clusters kept are wrong")
+    # A share that equals its threshold is not above it.
+    one = level(np.full((1, K, 1), 7), np.int32(0))
+    kept = jax.jit(lambda q, log_T: prefill.select(q, valid, (one,), jnp.int32(0), log_T))(
+        q, -jnp.log(jnp.full(1, 7.0))
+    )
+    _require(not kept.any(), "a share equal to its threshold was kept")
 
 
 def assignment(head_dim: int):
@@ -112,12 +156,16 @@ def _thresholds(q, coarse, fine):
             for k in range(K)
         ]
         scores = [reference_decode.descend(q[0, k], heads[k], [*log_T, 0.0])[-1][0] for k in range(K)]
-        flat = np.sort(np.concatenate(scores))
-        flat = flat[np.isfinite(flat)]
-        middle = len(flat) // 2
-        at = middle + int(np.argmax(np.diff(flat[middle : middle + 6])))
-        log_T.append(float(flat[at : at + 2].mean()))
+        log_T.append(_in_widest_gap(np.concatenate(scores)))
     return log_T, np.array([score > log_T[-1] for score in scores])
+
+
+def _in_widest_gap(scores) -> float:
+    """A threshold that keeps about half of the scores that are finite, and is near none of them."""
+    scores = np.sort(scores[np.isfinite(scores)])
+    middle = len(scores) // 2
+    at = middle + int(np.argmax(np.diff(scores[middle : middle + 6])))
+    return float(scores[at : at + 2].mean())
 
 
 def _require(condition, message: str):

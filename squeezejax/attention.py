@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax import cudnn, sharding
 from squeezejax import estimate as estimates
-from squeezejax import sharding
 from squeezejax.estimate import Estimate
 from squeezejax.pallas_kernels import dispatch, reference
 from squeezejax.partial import merge, merge_shards, partial_attention
@@ -150,12 +150,23 @@ def _attend_tokens(
     groups = split_heads(q, tree.num_kv_heads)
     groups = jnp.pad(groups, ((0, 0), (0, num_blocks * block - T), (0, 0), (0, 0), (0, 0)))
 
+    kernels = None
+    if T > 1 and estimate is None:
+        kernels = dispatch.prefill_kernels(implementation, q, tree.keys, split=context is not None)
+    to_blocks = lambda x: jnp.swapaxes(x.reshape(B, num_blocks, block, *x.shape[2:]), 0, 1)
+    fused = None
+    if kernels is not None and cudnn.usable(q, k):
+        with jax.named_scope("attend_user_tokens"):
+            fused = jax.tree.map(to_blocks, cudnn.attend_own(groups.reshape(B, -1, N, H), k, v, start))
+
     def read_block(index):  # -> (its queries, which tokens take part, attention to the user's own tokens)
         first = index * block
         token = first + jnp.arange(block)[None, :]
         row = start[:, None] + token
         valid = (row < lengths[:, None]) & (token < T)
         part = jax.lax.dynamic_slice_in_dim(groups, first, block, axis=1)
+        if fused is not None:
+            return part, valid, jax.tree.map(lambda x: x[index], fused)
         with jax.named_scope("attend_user_tokens"):
             column = jnp.arange(k.shape[1])[None, None, :]
             mask = (column <= row[:, :, None]) & (column < lengths[:, None, None])
@@ -170,15 +181,10 @@ def _attend_tokens(
             found = Attended(*merge(*fixed, own), kept)
         return found, jnp.sum(valid.astype(jnp.float32), axis=1)
 
-    if T > 1 and estimate is None:
-        kernels = dispatch.prefill_kernels(implementation, q, tree.keys, split=context is not None)
-    else:
-        kernels = None
     if num_blocks == 1 and kernels is None:
         (out, lse, *shares), _ = attend_block(0)
     elif kernels is not None:
-        all_blocks = groups.reshape(B, num_blocks, block, *groups.shape[2:]).swapaxes(0, 1)
-        attended, tokens = _prefill_fixed(kernels, tree, all_blocks, read_block, layer, log_T)
+        attended, tokens = _prefill_fixed(kernels, tree, to_blocks(groups), read_block, layer, log_T)
     else:
         attended, tokens = jax.lax.map(attend_block, jnp.arange(num_blocks))
     if num_blocks > 1 or kernels is not None:

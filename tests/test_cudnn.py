@@ -7,7 +7,8 @@ import pytest
 
 from squeezejax import cudnn
 from squeezejax.pallas_kernels import dispatch
-from squeezejax.partial import attend_cached
+from squeezejax.partial import attend_cached, partial_attention
+from squeezejax.select import split_heads
 
 
 def chunk(dtype=jnp.float32):
@@ -28,6 +29,20 @@ def test_two_parts_are_one_attention(with_before):
         junk = [jnp.where(later, 1e3, x) for x in (k, v)]  # rows not written yet
         want = attend_cached(q, k, v, start, before=before)
         np.testing.assert_allclose(run(*junk, start), want, atol=2e-6)
+
+
+def test_users_who_begin_in_different_rows():
+    """Some have said nothing before; the padding of one lies past the last row."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (3, 24, 6, 16))
+    k, v = (jax.random.normal(key, (3, 40, 2, 16)) for key in keys[1:])
+    run = jax.jit(lambda start: cudnn.attend_own(q, k, v, start, implementation="xla"))
+    for start in (jnp.array([0, 5, 20]), jnp.zeros(3, jnp.int32)):
+        row = start[:, None] + jnp.arange(24)[None, :]
+        mask = jnp.arange(40)[None, None, :] <= row[:, :, None]
+        for found, want in zip(run(start), partial_attention(split_heads(q, 2), k, v, mask), strict=True):
+            real = row < 40
+            np.testing.assert_allclose(found[real], want[real], atol=2e-6)
 
 
 def test_without_a_gpu_nothing_changes():
