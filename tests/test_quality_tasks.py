@@ -131,6 +131,17 @@ def test_turns_are_the_format_of_the_embedded_model(encoder, task):
     assert encoder.tokenizer.decode(flagged).split() == " ".join(parts(question)).split()
 
 
+def test_several_values_of_a_name_are_right_in_any_order(encoder):
+    question = tasks.make_sample("multi_value", 5, 900).questions[2]
+    turn = tasks.encode_turn(encoder.tokenizer, question, encoder.eos)
+    places = [i for i in range(len(turn.reply)) if turn.answers[i]]
+    values = [turn.reply[i] for i in places]
+    assert len(values) == tasks.VALUES  # a token each
+    assert [turn.accepted[i] for i in places] == [values[number:] for number in range(tasks.VALUES)]
+    others = [i for i in range(len(turn.reply)) if i not in places]
+    assert all(turn.accepted[i] == [turn.reply[i]] for i in others)
+
+
 def test_training_batches_hold_every_kind_and_fit(encoder):
     shape = train.Shape(500, 9, 3)
     batch = train.make_batch(encoder, shape, 7)

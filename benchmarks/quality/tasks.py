@@ -56,6 +56,7 @@ class Question:
     text: str
     reply: str
     answers: tuple[tuple[int, int], ...]  # spans of characters of the reply
+    any_order: bool = False  # whether the answers count in any order, as RULER counts several values of a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _multi_value(maker: _Maker):
         found = [stated[i][1] for i in order if stated[i][0] == number]  # as the text has them
         listed = " and ".join(f"[{value}]" for value in found)
         question = f"What are the {VALUES} {fact.relation}s of {fact.name}?"
-        asked.append((question, f"The {fact.relation} of {fact.name} is {listed}."))
+        asked.append((question, f"The {fact.relation} of {fact.name} is {listed}.", True))
     return context, asked
 
 
@@ -247,14 +248,14 @@ def _frequent_words(maker: _Maker):
     ]
 
 
-def _question(question: str, marked: str) -> Question:
+def _question(question: str, marked: str, any_order: bool = False) -> Question:
     """From a reply in which what has to be found stands in brackets."""
     reply, answers, end = "", [], 0
     for span in _SPAN.finditer(marked):
         reply += marked[end : span.start()]
         answers.append((len(reply), len(reply) + len(span[1])))
         reply, end = reply + span[1], span.end()
-    return Question(question, reply + marked[end:], tuple(answers))
+    return Question(question, reply + marked[end:], tuple(answers), any_order)
 
 
 TASKS = {
@@ -271,11 +272,16 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question and its reply as ids; `answers` flags the reply's tokens that have to be found in the context."""
+    """A question and its reply as ids; `answers` flags the reply's tokens that have to be found in the context.
+
+    `accepted` has for every token of the reply those that are right there, itself first: where answers may come in any
+    order, a first token of one that has not been given yet is.
+    """
 
     question: list[int]
     reply: list[int]
     answers: list[bool]
+    accepted: list[list[int]]
 
 
 def encode_turn(tokenizer: Tokenizer, question: Question, end: int, *, first: bool = True) -> Turn:
@@ -284,4 +290,10 @@ def encode_turn(tokenizer: Tokenizer, question: Question, end: int, *, first: bo
     reply = tokenizer.encode(" " + question.reply, add_special_tokens=False)
     spans = [(start + 1, stop + 1) for start, stop in question.answers]  # the reply follows a space
     found = [any(start < b and a < stop for start, stop in spans) for a, b in reply.offsets]
-    return Turn(asked, [*reply.ids, end], [*found, False])
+    ids = [*reply.ids, end]
+    accepted = [[token] for token in ids]
+    if question.any_order:
+        firsts = [next(i for i, (_, b) in enumerate(reply.offsets) if start < b) for start, _ in spans]
+        for number, first in enumerate(firsts):
+            accepted[first] = [ids[i] for i in firsts[number:]]
+    return Turn(asked, ids, [*found, False], accepted)

@@ -50,8 +50,8 @@ PHASES = (
     Phase(Shape(256, 13, 2), 2000, 1e-3, 1e-3, enough=0.97),
     Phase(Shape(384, 9, 3), 1000, 1e-3, 1e-3, enough=0.97),
     Phase(Shape(1024, 4, 8), 1800, 1e-3, 8e-4, enough=0.99),
-    Phase(Shape(4608, 1, 12), 350, 8e-4, 4e-4),
-    Phase(Shape(8704, 1, 12), 80, 4e-4, 2e-5),
+    Phase(Shape(4608, 1, 16), 300, 8e-4, 4e-4),
+    Phase(Shape(8704, 1, 16), 50, 4e-4, 2e-5),
 )
 
 
