@@ -48,7 +48,8 @@ def select(q, valid, levels, layer, log_T):
         return _in_groups(keep, min(MOST_SUMS // sums, MOST_CHUNKS // (K * _chunks(M))), q, valid)
 
     def keep_all(q, valid):
-        return jnp.any(valid, axis=1)[:, None, None] & (levels[-1].counts[layer] > 0)[None]
+        counts = jax.lax.dynamic_index_in_dim(levels[-1].counts, layer, 0)  # [1 K C]
+        return jnp.any(valid, axis=1)[:, None, None] & (counts > 0)
 
     with jax.named_scope("select"):
         kept = jax.lax.cond(jnp.all(log_T == -jnp.inf), keep_all, score, q.reshape(-1, K, M, H), valid)
