@@ -98,11 +98,11 @@ def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Progr
     B, K, H = case.users, case.kv_heads, case.head_dim
     own = shape((B, case.room, K, H), case.dtype)
     arguments = (tree_shapes(case), shape((B, 1, K * case.group, H), case.dtype), own, own, shape((), jnp.int32),
-                 shape((len(case.fractions),), jnp.float32), shape((B,), jnp.int32))  # fmt: skip
+                 shape((len(case.fractions),), jnp.float32), *[shape((B,), jnp.int32)] * 2)  # fmt: skip
 
-    def step(tree, q, k, v, layer, log_T, lengths):
+    def step(tree, q, k, v, layer, log_T, start, lengths):
         return squeezejax.attend(
-            tree, q, k, v, layer=layer, log_thresholds=log_T, start=lengths - 1, lengths=lengths,
+            tree, q, k, v, layer=layer, log_thresholds=log_T, start=start, lengths=lengths,
             implementation=implementation,
         )  # fmt: skip
 
@@ -127,15 +127,17 @@ def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
         return deviceless.compile_program(run, *deviceless.on_device(arguments))
 
 
-def launches(program: deviceless.Program) -> list[str]:
-    """The operations of the program's entry computation that the device launches."""
-    return [name for name, kind in operations(program) if kind in LAUNCHES]
+def launches(program: deviceless.Program, kernel: str | None = None) -> list[str]:
+    """The operations that the device launches: of the entry computation, or of the one that a kernel is called in."""
+    return [name for name, kind in operations(program, kernel) if kind in LAUNCHES]
 
 
-def operations(program: deviceless.Program):
-    """(name, kind) of the entry computation's operations."""
-    entry = program.text[program.text.index("\nENTRY") :]
-    return re.findall(r"^\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z-]*)\(", entry, flags=re.MULTILINE)
+def operations(program: deviceless.Program, kernel: str | None = None):
+    """(name, kind) of the operations of the entry computation, or of the one that a kernel is called in."""
+    computations = re.findall(r"^(?:ENTRY )?%\S+ \(.*?^\}", program.text, flags=re.MULTILINE | re.DOTALL)
+    wanted = "ENTRY" if kernel is None else rf".*custom-call.*/{kernel}/"
+    found = next(text for text in computations if re.match(wanted, text, flags=re.DOTALL))
+    return re.findall(r"^\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z-]*)\(", found, flags=re.MULTILINE)
 
 
 def all_cases() -> list:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import cache_of, device_tree, find_thresholds, queries, require, seconds_a_step
+from benchmarks.gpu_trees import cache_of, device_tree, find_thresholds, queries, require, seconds_a_step, step_of
 from squeezejax.pallas_kernels import decode, reference_decode, self_check, sparse_decode
-from squeezejax.pallas_kernels.sparse_decode import InOrder, Listed
+from squeezejax.pallas_kernels.sources import InOrder, Listed
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 # head size, query heads a key/value head, key/value heads, users, dtype
@@ -89,21 +89,21 @@ def _attention_error(rng, dry: bool, H: int, G: int, K: int, B: int, dtype: str)
     q, keys, values, window, own = (
         random(*shape) for shape in ((B, K, G, H), (2, K, R, H), (2, K, R, H), (2, K, 100, H), (B, 70, K, H))
     )
-    own_rows = jnp.asarray(np.repeat(rng.integers(0, 71, (B, 1)), K, 1), jnp.int32)
-    counts = rng.integers(0, R // 8 + 1, B * K).astype(np.int32)
-    counts[0] = 0
-    granules = np.stack([rng.permutation(R // 8) for _ in range(B * K)])
-    items = (granules * 256 + rng.integers(1, 256, granules.shape)).astype(np.int32)
-    listed = Listed(keys, values, jnp.asarray(items), jnp.asarray(counts))
+    own_rows = jnp.asarray(rng.integers(0, 71, B), jnp.int32)
+    step = decode.Step(jnp.ones(1, jnp.int32), jnp.zeros(1), own_rows - 1, own_rows)
+    masks = rng.random((B * K, R)) < rng.random((B * K, 1))  # runs of a few rows, which share granules
+    masks &= np.repeat(rng.random((B * K, R // 64)) < 0.5, 64, axis=1)  # and gaps
+    masks[0] = False
+    arguments = q, keys, values, window, own, jax.tree.map(jnp.asarray, reference_decode.keep(masks, rng)), step
 
-    def attend(function, q, window, own, listed):
-        in_order = (InOrder(window, window, jnp.full((B, K), 100)), InOrder(own, own, own_rows, own=True))
-        return function(q, in_order, listed, 1)
+    def attend(function, q, keys, values, window, own, kept, step):
+        in_order = InOrder(window, window, 100), InOrder(own, own, None)
+        return function(q, in_order, Listed(keys, values, kept), step)
 
     run = jax.jit(functools.partial(attend, sparse_decode.attend))
-    first, second = (jax.device_get(run(q, window, own, listed)) for _ in range(2))
+    first, second = (jax.device_get(run(*arguments)) for _ in range(2))
     require(all(map(np.array_equal, first, second)), f"two runs differ: H {H}, G {G}, {dtype}")
-    want, want_lse = attend(reference_decode.attend, q, window, own, listed)
+    want, want_lse = attend(reference_decode.attend, *arguments)
     error = float(np.abs(first[0] - want).max())
     require(error < TOLERANCE[dtype], f"error {error}: H {H}, G {G}, {dtype}")
     require(np.abs(first[1] - want_lse).max() < 1e-3, f"lse is wrong: H {H}, G {G}, {dtype}")
@@ -117,8 +117,7 @@ def check_selection(dry: bool, seed: int) -> dict:
     tree = _tree(step, seed)
     q = queries(tree, step.users, step.heads // step.kv_heads, seed)
     log_T, _ = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
-    active = jnp.ones(step.users, bool)
-    run = jax.jit(lambda tree, q, log_T: decode.select(q, tree.levels, active, jnp.int32(0), log_T, tree.keys.shape[2]))
+    run = jax.jit(lambda tree, q, log_T: decode.select(q, tree.levels, step_of(log_T, len(q)), tree.keys.shape[2]))
     first, second = (jax.device_get(run(tree, q, log_T)) for _ in range(2))
     require(np.array_equal(first.num_kept, second.num_kept), "two runs differ")
     differing = 0
@@ -127,8 +126,8 @@ def check_selection(dry: bool, seed: int) -> dict:
         kept = reference_decode.descend(np.asarray(q[b, k], np.float64), heads, np.asarray(log_T))[-1][1]
         want = reference_decode.kept_rows(kept, heads[-1].starts, heads[-1].counts)
         lane = b * step.kv_heads + k
-        rows = [reference_decode.rows_of(run.lists.items[lane, : run.lists.num_items[lane]]) for run in (first, second)]
-        require(np.array_equal(*rows), "two runs list different rows")
+        rows = [reference_decode.rows_of(run.kept, lane) for run in (first, second)]
+        require(np.array_equal(*rows), "two runs keep different rows")
         differing += np.setxor1d(rows[0], want).size
     # A score within rounding of the threshold may fall on either side: a few clusters of 20 keys.
     require(differing <= 200, f"{differing} keys kept by one side only")
@@ -180,7 +179,7 @@ def time_step(step: Step, dry: bool, seed: int) -> dict:
         return found[0].reshape(q.shape)
 
     def dense(q, tree, own):
-        return decode.attend_all(q, cache_of(tree, own, own, jnp.full(B, ROOM)), 0)[0]
+        return decode.attend_all(q, cache_of(tree, own, own), step_of(None, B, ROOM))[0]
 
     found = {"kept fraction": kept, "ours": measure(ours, q, tree, own, log_T)}
     found["our dense kernel"] = measure(dense, q, tree, own)
@@ -199,8 +198,8 @@ def look_up(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -
     log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
 
     def select(q, tree, log_T):
-        found = decode.select(q, tree.levels, jnp.ones(1, bool), jnp.int32(0), log_T, -(-tree.num_keys // 8) * 8)
-        return q * jnp.sum(found.lists.num_items).astype(q.dtype)
+        found = decode.select(q, tree.levels, step_of(log_T, 1), -(-tree.num_keys // 8) * 8)
+        return q * jnp.sum(found.num_kept).astype(q.dtype)
 
     seconds = seconds_a_step(select, q, tree, log_T, steps=1 if dry else 200, rounds=1 if dry else 5)
     return {"kept fraction": kept, "seconds": seconds, "centroid bytes": _look_up_bytes(tree, q, log_T)}
@@ -212,21 +211,19 @@ def _tree(step: Step, seed: int, cache: bool = True):
 
 def _kept_fraction(tree, q):
     """A function of log T f32[levels]."""
-    active = jnp.ones(q.shape[0], bool)
     R = -(-tree.num_keys // 8) * 8
 
     @jax.jit
     def kept(levels, q, log_T):
-        return jnp.mean(decode.select(q, levels, active, jnp.int32(0), log_T, R).num_kept / tree.num_keys)
+        return jnp.mean(decode.select(q, levels, step_of(log_T, len(q)), R).num_kept / tree.num_keys)
 
     return lambda log_T: kept(tree.levels, q, log_T)
 
 
 def _look_up_bytes(tree, q, log_T) -> int:
     """Bytes of the centroids that a step reads: whole granules of 8."""
-    active = jnp.ones(q.shape[0], bool)
     R = -(-tree.num_keys // 8) * 8
-    read = jax.jit(lambda levels, q: decode.select(q, levels, active, jnp.int32(0), log_T, R).num_read)(tree.levels, q)
+    read = jax.jit(lambda levels, q: decode.select(q, levels, step_of(log_T, len(q)), R).num_read)(tree.levels, q)
     return sum(int(level.sum()) for level in read) * 8 * q.shape[3] * 4
 
 

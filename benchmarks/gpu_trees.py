@@ -139,11 +139,17 @@ def seconds_a_step(step, q, *arguments, steps: int, rounds: int = 5) -> float:
     return float(np.median(times))
 
 
-def cache_of(tree: Tree, own_keys, own_values, own_rows) -> decode.Cache:
+def cache_of(tree: Tree, own_keys, own_values) -> decode.Cache:
     """A tree and users' own tokens as the decode kernels take them."""
     return decode.Cache(
-        tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, own_keys, own_values, own_rows
+        tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, own_keys, own_values
     )
+
+
+def step_of(log_T, users: int, own_rows: int = 1) -> decode.Step:
+    """A step of the first layer in which every user's token is the last one of so many."""
+    end = jnp.full(users, own_rows, jnp.int32)
+    return decode.Step(jnp.zeros(1, jnp.int32), log_T, end - 1, end)
 
 
 def require(condition, message: str):

@@ -4,8 +4,6 @@ The order of operations is `reference.log_mean_scores`': maximum and log of the 
 so equal scores stay bit-equal, and logarithms are exact, as in calibration.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -26,41 +24,42 @@ from squeezejax.pallas_kernels.mosaic import (
     load,
     rows,
 )
-from squeezejax.pallas_kernels.shares import Shares
+from squeezejax.pallas_kernels.shares import Even, Shares
+from squeezejax.pallas_kernels.step import Step
 from squeezejax.pallas_kernels.work_list import (
     AT_ONCE,
+    Kept,
     Lists,
     Runs,
+    before_each,
     count_items,
     first_granule,
     gather,
+    in_order_granules,
+    listed_granules,
+    padded,
     turn,
 )
 
 
-class Kept(NamedTuple):
-    """What the kept clusters of one level lead to, tile by tile; tiles that a lane does not have were never written."""
+def keep_clusters(
+    scores: Scores, lists: Lists | None, starts, lengths, below: int, step: Step, depth: int, group: int,
+    may_skip: bool,
+) -> Kept:  # fmt: skip
+    """Keeps the clusters of the level `depth` whose log A exceeds log T strictly (spec.md, Online 5).
 
-    runs: Runs  # i32[lanes P]
-    tile_items: jax.Array  # i32[lanes tiles'], entries of a work list that a tile's runs make
-    tile_rows: jax.Array  # i32[lanes tiles'], sum of the runs' lengths
-
-
-def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log_T, layer, group: int) -> Kept:
-    """Keeps the clusters whose log A exceeds log_T f32[B], of the lane's user, strictly (spec.md, Online 5).
-
-    lists are those of the lanes; starts, lengths i32[L K C] say which run of the next level, or of the cache, a
-    cluster is, of `below` rows a head; layer i32[]; group is G. Starts of the runs found count from the beginning of
-    the head's first granule there (`first_granule`).
+    lists are what the lanes read, None being all in order; starts, lengths i32[L K C] say which run of the next level,
+    or of the cache, a cluster is, of `below` rows a head; group is G. With may_skip, nothing is marked where every
+    threshold is −∞.
     """
     lanes, P, M = scores.dots.shape
     _, K, C = starts.shape
-    stats_tiles = scores.stats.shape[2]
-    num_ctas = count_ctas(4)
+    num_ctas = count_ctas(3)
     shape = (TILE, M)
 
-    def body(dots_gm, stats_gm, starts_gm, lengths_gm, log_T_gm, off_gm, layer_gm, *refs, turn_sm):
-        *listed, run_starts_gm, run_lengths_gm, tile_items_gm, tile_rows_gm = refs
+    def body(dots_gm, stats_gm, starts_gm, lengths_gm, *refs, turn_sm):
+        asked, refs = Step(*refs[: len(step)]), refs[len(step) :]
+        *listed, run_starts_gm, run_stops_gm, counts_gm, positions_gm, tile_items_gm, tile_rows_gm = refs
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
 
@@ -87,17 +86,26 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
             top, total = lax.fori_loop(0, blocks, add, (full((M,), MASKED, ALONG), full((M,), 0.0, ALONG)))
             return top, jnp.log(jnp.maximum(total, 1.0))  # ≥ 1 wherever a cluster is alive: its maximum adds n ≥ 1
 
+        skip = asked.everything() if may_skip else jnp.bool_(False)
+        offsets = Lists(*listed).offsets if listed else Even(jnp.where(skip, 0, jnp.int32(P // TILE)))
+
         def visit(lane, first, end, carry):
-            plane = layer_gm[0] * K + lax.rem(lane, jnp.int32(K))
+            plane = asked.layer[0] * K + lax.rem(lane, jnp.int32(K))
             base, before = first_granule(plane, C)
             before_below = first_granule(plane, below)[1]
-            threshold = log_T_gm[lax.div(lane, jnp.int32(K))]
-            top, log_total = combine(lane, off_gm[lane + 1] - off_gm[lane])
+            threshold = asked.threshold(depth, lax.div(lane, jnp.int32(K)))
+            top, log_total = combine(lane, offsets[lane + 1] - offsets[lane])
+
+            def granules_of(tile):
+                if not listed:
+                    return in_order_granules(tile, before, before + C)[0]
+                items_gm, num_items_gm, _ = listed
+                return listed_granules(lambda at: items_gm[lane, at], num_items_gm[lane], tile)[0]
 
             def mark(tile, _):
                 here = pl.ds(tile * TILE, TILE)
-                granules, _masks = lists.granules(listed, lane, tile, before, C)
-                start, length = (gather(ref, [base + g for g in granules]) for ref in (starts_gm, lengths_gm))
+                granules = [base + granule for granule in granules_of(tile)]
+                start, length = (gather(ref, granules) for ref in (starts_gm, lengths_gm))
                 dots = load(dots_gm.at[lane, here], MATRIX)
                 alive = plgpu.layout_cast(jnp.max(dots, axis=1), DOWN) > MASKED / 2
                 log_scores = (dots - columns(top, shape)) - columns(log_total, shape)
@@ -107,30 +115,29 @@ def keep_clusters(scores: Scores, lists: Lists, starts, lengths, below: int, log
                 mean = plgpu.layout_cast(jnp.sum(shares, axis=1), DOWN) / group
                 kept = jnp.logical_and(best + jnp.log(mean) > threshold, alive)
                 runs = Runs(start + before_below, jnp.where(kept, length, 0))
+                counts, _ = count_items(runs, turn(runs, turn_sm), result=DOWN)
                 run_starts_gm[lane, here] = runs.start
-                run_lengths_gm[lane, here] = runs.length
-                items_added, _ = count_items(runs, turn(runs, turn_sm), result=DOWN)
-                tile_items_gm[lane, tile] = jnp.sum(items_added)
+                run_stops_gm[lane, here] = runs.start + runs.length
+                counts_gm[lane, here] = counts
+                positions_gm[lane, here] = before_each(counts)
+                tile_items_gm[tile, lane] = jnp.sum(counts)
                 tile_rows_gm[lane, tile] = jnp.sum(runs.length)
 
             lax.fori_loop(first, end, mark, None)
             return carry
 
-        Shares(off_gm, lanes, num_ctas).visit(lax.axis_index("cta"), visit)
+        Shares(offsets, lanes, num_ctas).visit(lax.axis_index("cta"), visit)
 
     by_position = jax.ShapeDtypeStruct((lanes, P), jnp.int32)
-    by_tile = jax.ShapeDtypeStruct((lanes, stats_tiles), jnp.int32)
-    operands = (
-        *scores, starts.reshape(-1), lengths.reshape(-1), log_T, lists.offsets,
-        jnp.reshape(layer, 1), *lists.operands(),
-    )  # fmt: skip
-    *runs, tile_items, tile_rows = plgpu.kernel(
+    of_tiles = [(-(-P // TILE // TILE) * TILE, padded(lanes)), (lanes, P // TILE)]
+    operands = (*scores, starts.reshape(-1), lengths.reshape(-1), *step, *(lists or ()))
+    kept = plgpu.kernel(
         body,
-        out_type=[by_position, by_position, by_tile, by_tile],
+        out_type=[*[by_position] * 4, *(jax.ShapeDtypeStruct(tiles, jnp.int32) for tiles in of_tiles)],
         scratch_types={"turn_sm": plgpu.SMEM((len(Runs._fields), TILE), jnp.int32)},
         grid=(num_ctas,),
         grid_names=("cta",),
         compiler_params=compiler_params(approx_math=False),
         kernel_name="keep_clusters",
     )(*operands)
-    return Kept(Runs(*runs), tile_items, tile_rows)
+    return Kept(*kept, None if lists is None else lists.num_items)

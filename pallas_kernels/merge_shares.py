@@ -8,18 +8,19 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from squeezejax.pallas_kernels.mosaic import ALONG, MASKED, MATRIX, columns, compiler_params, full, load
+from squeezejax.pallas_kernels.mosaic import ALONG, DOWN, MASKED, MATRIX, columns, compiler_params, full, load
 from squeezejax.pallas_kernels.shares import Shares
 
 LN2 = math.log(2)
 AT_ONCE = 4  # parts read together, so that their latencies overlap
 
 
-def merge(outs, stats, offsets, num_ctas: int):
-    """Each lane's parts into one result: (out f32[lanes H M], lse f32[lanes M]); a lane without work: 0 and MASKED.
+def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
+    """Each lane's parts into one result: (out f32[lanes G H'], lse f32[lanes G]); a lane without work: 0 and MASKED.
 
-    outs f32[slots H M], sums of values weighted by exp2(score − max); stats f32[slots 2 M], that max and the sum of
-    weights; the part of CTA c of lane u lies in slot c + u. offsets i32[lanes + 1], as the work was split.
+    outs f32[slots H' M], sums of values weighted by exp2(score − max); stats f32[slots 2 M], that max and the sum of
+    weights; the part of CTA c of lane u lies in slot c + u, the lane's G queries in the columns from first_column(u)
+    on. offsets i32[lanes + 1], as the work was split.
     """
     _, H, M = outs.shape
     lanes = offsets.shape[0] - 1
@@ -50,12 +51,22 @@ def merge(outs, stats, offsets, num_ctas: int):
         blocks = lax.div(end - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
         top, total, out = lax.fori_loop(0, blocks, step, nothing)
         safe = jnp.maximum(total, 1e-30)
-        out_gm[lane] = out / columns(safe, out.shape)
-        lse_gm[lane] = jnp.where(total > 0, top * LN2 + jnp.log(safe), MASKED)
+        out = out / columns(safe, out.shape)
+        lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), MASKED)
+        column = plgpu.broadcasted_iota(jnp.int32, out.shape, 1, layout=MATRIX)
+        index = plgpu.broadcasted_iota(jnp.int32, (M,), 0, layout=ALONG)
+        # A query is a column here and a row outside: a sum with everything else 0 turns it.
+        for g in range(group):
+            here = first_column(lane) + g
+            out_gm[lane, g] = plgpu.layout_cast(jnp.sum(jnp.where(column == here, out, 0.0), axis=1), DOWN)
+            lse_gm[lane, g] = jnp.sum(jnp.where(index == here, lse, 0.0))
 
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((lanes, H, M), jnp.float32), jax.ShapeDtypeStruct((lanes, M), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct((lanes, group, H), jnp.float32),
+            jax.ShapeDtypeStruct((lanes, group), jnp.float32),
+        ],
         grid=(lanes,),
         grid_names=("lane",),
         compiler_params=compiler_params(),

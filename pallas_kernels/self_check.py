@@ -39,20 +39,19 @@ def decode_step(head_dim: int, group: int, dtype: str):
     q = jnp.asarray(2 * random(1, K, group, H), dtype)
     keys, values = (jnp.asarray(random(1, K, -(-S // 8) * 8, H), dtype) for _ in range(2))
     window, own = (jnp.asarray(random(*shape), dtype) for shape in ((1, K, 20, H), (1, 9, K, H)))
-    cache = decode.Cache(keys, values, S, window, window, own, own, jnp.full(1, 7, jnp.int32))
+    cache = decode.Cache(keys, values, S, window, window, own, own)
     log_T, found = _thresholds(np.asarray(q, np.float64), coarse, fine)
 
-    @jax.jit
-    def step(q, cache):
-        levels = (coarse, fine)
-        return decode.attend_kept(q, cache, levels, jnp.ones(1, bool), jnp.int32(0), jnp.asarray(log_T, jnp.float32))
-
-    first, second = (jax.device_get(step(q, cache._replace(num_keys=S))) for _ in range(2))
+    row = jnp.full(1, 6, jnp.int32)
+    step = decode.Step(jnp.zeros(1, jnp.int32), jnp.asarray(log_T, jnp.float32), row, row + 1)
+    attend = jax.jit(lambda q, cache, step: decode.attend_kept(q, cache._replace(num_keys=S), (coarse, fine), step))
+    first, second = (jax.device_get(attend(q, cache, step)) for _ in range(2))
     _require(all(map(np.array_equal, first, second)), "two runs differ")
     out, lse, kept = first
-    for k in range(K):
-        rows = reference_decode.kept_rows(found[k], fine.starts[0, k], fine.counts[0, k])
-        _require(int(kept[0, k]) == rows.size, f"{kept[0, k]} keys kept instead of {rows.size}")
+    kept_rows = [reference_decode.kept_rows(found[k], fine.starts[0, k], fine.counts[0, k]) for k in range(K)]
+    wanted = sum(map(len, kept_rows))
+    _require(int(kept[0]) == wanted, f"{kept[0]} keys kept instead of {wanted}")
+    for k, rows in enumerate(kept_rows):
         used = [
             np.concatenate([np.asarray(x, np.float64) for x in (fixed[0, k][rows], window[0, k], own[0, :7, k])])
             for fixed in (keys, values)

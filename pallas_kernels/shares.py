@@ -9,15 +9,26 @@ coincide, so no atomics are needed, and results repeat bit for bit.
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Even:
+    """In place of a reference to offsets: those of lists that are all of one length."""
+
+    tiles: object  # i32[], of each list
+
+    def __getitem__(self, lane):
+        return lane * self.tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """In a kernel: the split of `lanes` lists over `num_ctas` CTAs."""
 
-    offsets: object  # reference to i32[lanes + 1]
+    offsets: object  # reference to i32[lanes + 1], or Even
     lanes: int
     num_ctas: int
 
@@ -44,11 +55,12 @@ class Shares:
         owner = lambda tile: _last(self.num_ctas, lambda cta: self.start(cta) <= tile)
         return owner(first), jnp.where(stop > first, owner(stop - 1) + 1, owner(first))
 
-    def visit(self, cta, work):
+    def visit(self, cta, work, carry=0):
         """work(lane, first, end, carry) -> carry for every lane of a CTA's share, with the tiles of it to work on.
 
-        Gives the last carry, i32[]; the first is 0.
+        Gives the last carry; `carry`, of integers, is the first.
         """
+        carry = jax.tree.map(jnp.int32, carry)
         start, stop = self.start(cta), self.start(cta + 1)
 
         def step(state):
@@ -58,7 +70,7 @@ class Shares:
             carry = lax.cond(end > position, lambda: work(lane, position - begin, end - begin, carry), lambda: carry)
             return lane + 1, jnp.maximum(position, end), carry
 
-        return lax.while_loop(lambda state: state[1] < stop, step, (self._lane_at(start), start, jnp.int32(0)))[2]
+        return lax.while_loop(lambda state: state[1] < stop, step, (self._lane_at(start), start, carry))[2]
 
     def _lane_at(self, tile):
         """The last lane that starts at or before a tile: the one that it lies in."""

@@ -13,55 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeezejax.pallas_kernels.mosaic import GRANULE, TILE
-from squeezejax.pallas_kernels.work_list import PER_TILE, first_granule, in_order_granules, listed_granules
+from squeezejax.pallas_kernels.step import Step
+from squeezejax.pallas_kernels.work_list import Kept, first_granule, in_order_granules, listed_granules
 
 
 class InOrder(NamedTuple):
-    """Rows that every lane reads from the first one on, the first num_rows of them."""
+    """Rows that every lane reads from the first one on."""
 
     keys: jax.Array  # [L K R H]; of a user's own rows [B R K H]
     values: jax.Array
-    num_rows: jax.Array  # i32[B K]
-    own: bool = False
-
-
-class Listed(NamedTuple):
-    """Listed rows of the cache."""
-
-    keys: jax.Array  # [L K R H]
-    values: jax.Array
-    items: jax.Array  # i32[B·K J], granule · 256 + mask of its rows
-    num_items: jax.Array  # i32[B·K], those that count
+    num_rows: int | None  # as many; None: the user's own rows, as many as the step says
+    if_all: bool = False  # only where every threshold is −∞
 
     @property
     def own(self) -> bool:
-        """No: the cache is every user's."""
-        return False
+        """Whether every user has rows of its own."""
+        return self.num_rows is None
 
 
-def extents(sources, layer, B: int, K: int):
-    """Where each source ends i32[sources lanes], and the tiles of every lane i32[lanes].
+class Listed(NamedTuple):
+    """Rows of the cache that a lane keeps."""
 
-    Rows are counted from the beginning of the head's first granule; a source that is listed ends with its items.
-    """
-    plane = jnp.asarray(layer, jnp.int32) * K + jnp.tile(jnp.arange(K, dtype=jnp.int32), B)
-    ends, tiles = [], 0
-    for source in sources:
-        if isinstance(source, Listed):
-            end, per_tile = source.num_items, PER_TILE
-        else:
-            before = 0 if source.own else first_granule(plane, source.keys.shape[2])[1]
-            num_rows = source.num_rows.reshape(B * K)
-            end, per_tile = jnp.where(num_rows > 0, before + num_rows, 0), TILE
-        ends.append(end)
-        tiles = tiles + (end + (per_tile - 1)) // per_tile
-    return jnp.stack(ends), tiles
+    keys: jax.Array  # [L K R H]
+    values: jax.Array
+    kept: Kept
+    may_skip: bool = False  # nothing was marked where every threshold is −∞
+
+    own = False
 
 
 def operands(sources) -> list:
-    """The arrays of all sources as a kernel takes them: keys and values of each, and items of one that is listed."""
+    """The arrays of all sources as a kernel takes them: keys and values of each, and what is kept of one listed."""
     caches = [_whole_granules(cache, source.own) for source in sources for cache in (source.keys, source.values)]
-    return caches + [source.items for source in sources if isinstance(source, Listed)]
+    kept = [source.kept for source in sources if isinstance(source, Listed)]
+    return caches + jax.tree.leaves(kept)
 
 
 def _whole_granules(cache, own: bool):
@@ -75,34 +60,56 @@ def _whole_granules(cache, own: bool):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """In a kernel: the sources of one layer, the one that is listed last, with references to `operands`, `extents`."""
+    """In a kernel: the sources of one layer, the one that is listed last, with references to their `operands`."""
 
     sources: tuple
     arrays: list
-    ends: object
-    layer: object  # i32[]
+    step: Step  # references
     num_heads: int
 
-    def finder(self, lane):
-        """A function of a lane's tile: (its source, 8 granules, counted from the head's first one, 8 masks)."""
-        last = len(self.sources) - 1
-        listed = isinstance(self.sources[-1], Listed)
-        end_of = [self.ends[s, lane] for s in range(last + 1)]
-        begin_of = [self._first_granule(s, lane)[1] for s in range(last + 1)]
+    @property
+    def listed(self) -> bool:
+        """Whether the last source is listed."""
+        return isinstance(self.sources[-1], Listed)
+
+    @property
+    def in_order(self) -> tuple:
+        """The other sources."""
+        return self.sources[:-1] if self.listed else self.sources
+
+    @property
+    def kept(self) -> Kept:
+        """References to what the listed source is listed by."""
+        kept = self.sources[-1].kept
+        return Kept(*self.arrays[2 * len(self.sources) :], *([] if kept.num_read is not None else [None]))
+
+    def tiles_in_order(self, lane):
+        """Tiles of 64 rows of a lane's sources in order, i32[]: they come before those listed."""
+        return sum((_tiles(self._end(s, lane)) for s in range(len(self.in_order))), jnp.int32(0))
+
+    def finder(self, lane, num_items, item_at):
+        """A function of a lane's tile: (its source, 8 granules, counted from the head's first one, 8 masks).
+
+        item_at(position) gives the lane's items, of which there are num_items.
+        """
+        last = len(self.in_order)
+        end_of = [self._end(s, lane) for s in range(last)]
+        begin_of = [self._first_granule(s, lane)[1] for s in range(last)]
 
         def find(tile):
             kind, at = jnp.int32(0), tile
-            begin, end = begin_of[0], end_of[0]
-            for s in range(last):
-                tiles = lax.div(end_of[s] + (TILE - 1), jnp.int32(TILE))
+            begin, end = (begin_of[0], end_of[0]) if last else (jnp.int32(0), jnp.int32(0))
+            for s in range(len(self.sources) - 1):
+                tiles = _tiles(end_of[s])
                 beyond = jnp.logical_and(kind == s, at >= tiles)
                 kind, at = jnp.where(beyond, s + 1, kind), jnp.where(beyond, at - tiles, at)
-                begin, end = jnp.where(beyond, begin_of[s + 1], begin), jnp.where(beyond, end_of[s + 1], end)
+                if s + 1 < last:
+                    begin, end = jnp.where(beyond, begin_of[s + 1], begin), jnp.where(beyond, end_of[s + 1], end)
             granules, masks = in_order_granules(at, begin, end)
-            if listed:
-                listed_here = listed_granules(self.arrays[-1].at[lane], end_of[last], at)
+            if self.listed:
+                listed = listed_granules(item_at, num_items, at)
                 choose = lambda x, y: [jnp.where(kind == last, a, b) for a, b in zip(x, y, strict=True)]
-                granules, masks = choose(listed_here[0], granules), choose(listed_here[1], masks)
+                granules, masks = choose(listed[0], granules), choose(listed[1], masks)
             return kind, tuple(granules), tuple(masks)
 
         return find
@@ -115,8 +122,20 @@ class Reader:
             return cache.at[user, pl.ds(granule * GRANULE, num_rows), head]
         return cache.at[pl.ds((self._first_granule(s, lane)[0] + granule) * GRANULE, num_rows)]
 
+    def _end(self, s: int, lane):
+        """The row at which a lane's rows in order end, counted from the beginning of the head's first granule."""
+        source = self.sources[s]
+        if source.own:
+            return self.step.own_rows(lax.div(lane, jnp.int32(self.num_heads)))
+        end = self._first_granule(s, lane)[1] + source.num_rows
+        return jnp.where(self.step.everything(), end, 0) if source.if_all else end
+
     def _first_granule(self, s: int, lane):
         if self.sources[s].own:
             return jnp.int32(0), jnp.int32(0)
-        plane = self.layer * self.num_heads + lax.rem(lane, jnp.int32(self.num_heads))
+        plane = self.step.layer[0] * self.num_heads + lax.rem(lane, jnp.int32(self.num_heads))
         return first_granule(plane, self.sources[s].keys.shape[2])
+
+
+def _tiles(end):
+    return lax.div(end + (TILE - 1), jnp.int32(TILE))

@@ -1,12 +1,13 @@
 """Decode attention, for Hopper: one query token a user, over listed rows of the cache and over rows that lie in order.
 
-A lane (a user and a key/value head) attends to the rows of its list (`work_list.Lists`) and to the first rows of any
+A lane (a user and a key/value head) attends to the rows that it keeps (`work_list.Kept`) and to the first rows of any
 number of arrays: the window, the user's own tokens, or the whole cache. All of it is cut into tiles of 64 rows, split
 evenly over CTAs (`shares`), and each CTA's parts of lanes are merged in the end (`merge_shares`).
 
 In a CTA, two producer warpgroups fetch K and V tile by tile (8 TMA boxes of 8 rows) through a ring of stages, and one
 consumer warpgroup computes transposed: scores Sᵀ = K qᵀ, output Oᵀ = Vᵀ Pᵀ, keys and head entries in the 64 rows of a
-wgmma and the group's few queries in its columns.
+wgmma and the group's few queries in its columns. The producer of K also works out how the tiles are split, and lists
+the share's granules, 64 at a time, while the stages that it has filled are read.
 """
 
 import dataclasses
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeezejax.pallas_kernels import merge_shares
+from squeezejax.pallas_kernels.item_ring import ItemRing, is_block
 from squeezejax.pallas_kernels.mosaic import (
     ALONG,
+    GRANULE,
     MASKED,
     MATRIX,
     MULTIPROCESSORS,
@@ -32,9 +35,10 @@ from squeezejax.pallas_kernels.mosaic import (
     interpreting,
     swizzled,
 )
-from squeezejax.pallas_kernels.shares import Shares, offsets_of
-from squeezejax.pallas_kernels.sources import InOrder, Listed, Reader, extents, operands
-from squeezejax.pallas_kernels.work_list import PER_TILE, in_masks
+from squeezejax.pallas_kernels.shares import Shares
+from squeezejax.pallas_kernels.sources import InOrder, Listed, Reader, operands
+from squeezejax.pallas_kernels.step import Step
+from squeezejax.pallas_kernels.work_list import PER_TILE, Lister, in_masks, padded
 
 LOG2E = math.log2(math.e)
 FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
@@ -63,11 +67,11 @@ def default_config(head_dim: int, group: int) -> Config:
     return Config(stages={64: 8, 96: 6, 128: 6, 192: 4, 256: 3}[head_dim], num_ctas=MULTIPROCESSORS)
 
 
-def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, layer, *, config: Config | None = None):
+def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, *, config: Config | None = None):
     """Attention of q [B K G H] over the union: (out f32[B K G H], lse f32[B K G]); a lane without rows: 0 and MASKED.
 
-    Everything has one 16-bit dtype; layer i32[], may be traced, belongs to arrays [L K R H]. Granules are read whole,
-    and where nothing is listed whole tiles, so what they hold must be finite; only rows that count have weight.
+    Everything has one 16-bit dtype; the step's layer belongs to arrays [L K R H]. Granules are read whole, and where
+    nothing is listed whole tiles, so what they hold must be finite; only rows that count have weight.
     Raises NotImplementedError for what the kernel cannot do.
     """
     B, K, G, H = q.shape
@@ -76,12 +80,12 @@ def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, layer, *, co
         check(q.dtype, source.keys.dtype, G, H)
     config = config or default_config(H, G)
     lanes, M = B * K, -(-G // 8) * 8
-    q = jnp.pad(q.reshape(lanes, G, H), ((0, 0), (0, M - G), (0, 0)))
-    ends, tiles = extents(sources, layer, B, K)
-    offsets = offsets_of(tiles)
-    parts = _attend_shares(q, sources, ends, offsets, jnp.reshape(layer, 1), K, config)
-    out, lse = merge_shares.merge(*parts, offsets, config.num_ctas)  # [lanes H' M], [lanes M]
-    return out[:, :H, :G].swapaxes(1, 2).reshape(B, K, G, H), lse[:, :G].reshape(B, K, G)
+    # TMA fetches 8 queries from a multiple of 8 on: those of a lane among others', whose results nobody looks at.
+    pitch = G if lanes * G % 8 == 0 and (8 % G == 0 or G % 8 == 0) else M
+    q = jnp.pad(q.reshape(lanes, G, H), ((0, 0), (0, pitch - G), (0, 0))).reshape(lanes * pitch, H)
+    *parts, offsets = _attend_shares(q, pitch, M, sources, step, lanes, K, config)
+    out, lse = merge_shares.merge(*parts, offsets, config.num_ctas, G, lambda lane: lane * pitch & 7)
+    return out[:, :, :H].reshape(B, K, G, H), lse.reshape(B, K, G)
 
 
 def check(q_dtype, cache_dtype, G: int, H: int):
@@ -94,42 +98,95 @@ def check(q_dtype, cache_dtype, G: int, H: int):
         raise NotImplementedError(f"the kernels take up to {MAX_GROUP} query heads a key/value head, got {G}")
 
 
-def _attend_shares(q, sources, ends, offsets, layer, num_heads: int, config: Config):
+def _attend_shares(q, pitch: int, M: int, sources, step: Step, lanes: int, num_heads: int, config: Config):
     """Every CTA's share: f32[slots H' M] and (max, sum) f32[slots 2 M], not divided by the sum, max in units of log2.
 
-    q [lanes M H]; sources, the one that is listed last; ends i32[sources lanes], offsets i32[lanes + 1] tiles. H' is H
-    rounded up to whole wgmma rows.
+    Also the split, i32[lanes + 1] tiles, exclusive sums. q [lanes·pitch H], of which a lane's M columns are the rows
+    from the multiple of 8 at or before its first one; sources, the one that is listed last. H' is H rounded up to whole
+    wgmma rows.
     """
-    lanes, M, H = q.shape
+    H = q.shape[1]
     padded_H = -(-H // TILE) * TILE
     stages = config.stages
+    listed = sources[-1] if isinstance(sources[-1], Listed) else None
     # With nothing but rows in order a tile is one copy.
-    copies = PER_TILE if isinstance(sources[-1], Listed) else 1
+    copies = PER_TILE if listed else 1
     copied = TILE // copies
     scale = LOG2E / math.sqrt(H)
 
-    def body(q_gm, ends_gm, off_gm, layer_gm, *refs, q_sm, k_sm, v_sm, p_sm, out_sm, stats_sm,
-             k_full, v_full, k_free, v_free, q_full):  # fmt: skip
-        *arrays, out_gm, stats_gm = refs
+    def body(q_gm, *refs, q_sm, k_sm, v_sm, p_sm, out_sm, stats_sm, offsets_sm, k_full, v_full, k_free, v_free, q_full,
+             planned, room=None, listing=None):  # fmt: skip
+        asked, (*arrays, out_gm, stats_gm, offsets_gm) = Step(*refs[: len(step)]), refs[len(step) :]
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
-        shares = Shares(off_gm, lanes, config.num_ctas)
-        reader = Reader(sources, arrays, ends_gm, layer_gm[0], num_heads)
+        reader = Reader(sources, arrays, asked, num_heads)
+        shares = Shares(offsets_sm, lanes, config.num_ctas)
+        if listed:
+            skip = asked.everything() if listed.may_skip else jnp.bool_(False)
+            items, lister = ItemRing(**room), Lister(reader.kept, skip, lanes, **listing)
+
+        def plan():
+            """Works out the split, for this CTA and, by the first one, for the merge."""
+            if listed:
+                lister.prepare()
+
+            def add(lane, total):
+                offsets_sm[lane] = total
+                tiles = reader.tiles_in_order(lane)
+                if listed:
+                    tiles = tiles + lax.div(lister.num_items(lane) + (PER_TILE - 1), jnp.int32(PER_TILE))
+                return total + tiles
+
+            offsets_sm[lanes] = lax.fori_loop(0, lanes, add, jnp.int32(0))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(planned)
+
+            @pl.when(cta == 0)
+            def _():
+                def give(lane, _):
+                    offsets_gm[lane] = offsets_sm[lane]
+
+                lax.fori_loop(0, lanes + 1, give, None)
+
+        def visit_tiles(lane, first, end, blocks, work, state, *, lists=False):
+            """(blocks, state) after work((source, granules, masks), state) -> state tile by tile of a lane.
+
+            blocks counts those of items in all lanes; one of the warpgroups lists them.
+            """
+            before = reader.tiles_in_order(lane)
+            begin = jnp.maximum(first - before, 0)  # tiles listed for the lane that are other CTAs'
+            num_items = lister.num_items(lane) if listed else None
+            find = reader.finder(lane, num_items, listed and items.item_at(blocks, begin * PER_TILE))
+
+            def step(tile, carry):
+                blocks, state = carry
+                if listed:
+                    is_next = is_block(tile - before, begin)
+
+                    @pl.when(is_next)
+                    def _():
+                        if lists:
+                            items.list_block(blocks, lister, lane, (tile - before) * PER_TILE)
+                        else:
+                            items.take_block(blocks)
+
+                    blocks = blocks + is_next.astype(jnp.int32)
+                return blocks, work(find(tile), state)
+
+            return lax.fori_loop(first, end, step, (blocks, state))
 
         def produce(which, ring, ring_full, ring_free):
-            """Fetches keys (which = 0) or values (1) of the share's tiles."""
+            """Fetches keys (which = 0) or values (1) of the share's tiles; whoever fetches keys lists them."""
+            lists = which == 0
 
-            def visit(lane, first, end, tiles):
-                find = reader.finder(lane)
-
+            def visit(lane, first, end, counted):
                 def fetch(s, slot, granules):
                     for i in range(copies):
                         target = ring.at[slot, pl.ds(i * copied, copied), pl.ds(0, H)]
                         source = reader.rows(s, which, lane, granules[i], copied)
                         plgpu.copy_gmem_to_smem(source, target, ring_full.at[slot])
 
-                def step(tile, state):
-                    tiles, (kind, granules, _) = state
-                    following = find(tile + 1)  # in flight while this tile waits
+                def work(place, tiles):
+                    kind, granules, _ = place
                     slot = lax.rem(tiles, jnp.int32(stages))
 
                     @pl.when(tiles >= stages)
@@ -138,28 +195,29 @@ def _attend_shares(q, sources, ends, offsets, layer, num_heads: int, config: Con
 
                     for s in range(len(sources)):
                         pl.when(kind == s)(functools.partial(fetch, s, slot, granules))
-                    return tiles + 1, following
+                    return tiles + 1
 
-                return lax.fori_loop(first, end, step, (tiles, find(first)))[0]
+                tiles, blocks = counted
+                return visit_tiles(lane, first, end, blocks, work, tiles, lists=lists)[::-1]
 
-            tiles = shares.visit(cta, visit)
+            tiles, blocks = shares.visit(cta, visit, (0, 0))
 
             def drain(tile, _):  # stages released last, for which no later tile waited
                 plgpu.barrier_wait(ring_free.at[lax.rem(tile, jnp.int32(stages))])
 
             lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
+            if listed:
+                items.end(blocks, lists=lists)
 
-        pl.when(warpgroup == 1)(lambda: produce(0, k_sm, k_full, k_free))
-        pl.when(warpgroup == 2)(lambda: produce(1, v_sm, v_full, v_free))
-
-        def consume(lane, first, end, tiles):
-            plgpu.copy_gmem_to_smem(q_gm.at[lane], q_sm, q_full)
+        def consume(lane, first, end, counted):
+            plgpu.commit_smem()  # a barrier: all warps are done with the queries of the lane before
+            queries = pl.ds(lax.shift_right_logical(lane * pitch, 3) * GRANULE, M)
+            plgpu.copy_gmem_to_smem(q_gm.at[queries], q_sm, q_full)
             plgpu.barrier_wait(q_full)
-            find = reader.finder(lane)
 
-            def step(tile, state):
-                tiles, masks, top, weights_sum, out = state
-                following = find(tile + 1)[2]
+            def work(place, state):
+                masks = place[2]
+                tiles, top, weights_sum, out = state
                 slot = lax.rem(tiles, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[slot])
 
@@ -186,11 +244,11 @@ def _attend_shares(q, sources, ends, offsets, layer, num_heads: int, config: Con
 
                 out = out + pl.run_scoped(weigh, plgpu.ACC((padded_H, M), jnp.float32))
                 plgpu.barrier_arrive(v_free.at[slot])
-                return tiles + 1, following, new_top, weights_sum, out
+                return tiles + 1, new_top, weights_sum, out
 
+            tiles, blocks = counted
             nothing = (full((M,), FLOOR, ALONG), full((TILE, M), 0.0, MATRIX), full((padded_H, M), 0.0, MATRIX))
-            begin = (tiles, find(first)[2], *nothing)
-            tiles, _, top, weights_sum, out = lax.fori_loop(first, end, step, begin)
+            blocks, (tiles, top, weights_sum, out) = visit_tiles(lane, first, end, blocks, work, (tiles, *nothing))
             out_sm[...] = out
             stats_sm[0] = top
             stats_sm[1] = jnp.sum(weights_sum, axis=0)
@@ -198,32 +256,50 @@ def _attend_shares(q, sources, ends, offsets, layer, num_heads: int, config: Con
             plgpu.copy_smem_to_gmem(out_sm, out_gm.at[cta + lane])
             plgpu.copy_smem_to_gmem(stats_sm, stats_gm.at[cta + lane])
             plgpu.wait_smem_to_gmem(0)
-            return tiles
+            return tiles, blocks
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plan()
+            produce(0, k_sm, k_full, k_free)
+
+        @pl.when(warpgroup == 2)
+        def _():
+            plgpu.barrier_wait(planned)
+            produce(1, v_sm, v_full, v_free)
 
         @pl.when(warpgroup == 0)
         def _():
-            shares.visit(cta, consume)
+            plgpu.barrier_wait(planned)
+            _, blocks = shares.visit(cta, consume, (0, 0))
+            if listed:
+                items.end(blocks, lists=False)
 
-    ring = lambda width: plgpu.SMEM((stages, TILE, width), q.dtype, transforms=swizzled(H))
+    cache_ring = lambda width: plgpu.SMEM((stages, TILE, width), q.dtype, transforms=swizzled(H))
     scratch = {
         "q_sm": plgpu.SMEM((M, H), q.dtype, transforms=swizzled(H)),
-        "k_sm": ring(H),
-        "v_sm": ring(padded_H),
+        "k_sm": cache_ring(H),
+        "v_sm": cache_ring(padded_H),
         "p_sm": plgpu.SMEM((M, TILE), q.dtype, transforms=swizzled(H)),
         "out_sm": plgpu.SMEM((padded_H, M), jnp.float32),
         "stats_sm": plgpu.SMEM((2, M), jnp.float32),
+        "offsets_sm": plgpu.SMEM((padded(lanes + 1),), jnp.int32),
         "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "k_free": plgpu.Barrier(num_barriers=stages),
         "v_free": plgpu.Barrier(num_barriers=stages),
         "q_full": plgpu.Barrier(),
+        "planned": plgpu.Barrier(),
     }
+    if listed:
+        scratch |= {"room": ItemRing.scratch(readers=2), "listing": Lister.scratch(listed.kept)}
     slots = config.num_ctas + lanes
     return plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((slots, padded_H, M), jnp.float32),
             jax.ShapeDtypeStruct((slots, 2, M), jnp.float32),
+            jax.ShapeDtypeStruct((lanes + 1,), jnp.int32),
         ],
         scratch_types=scratch,
         grid=(config.num_ctas,),
@@ -233,4 +309,4 @@ def _attend_shares(q, sources, ends, offsets, layer, num_heads: int, config: Con
         # Every shared buffer is written and read across barriers that the body states itself.
         compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         kernel_name="sparse_decode",
-    )(q, ends, offsets, layer, *operands(sources))
+    )(q, *step, *operands(sources))

@@ -5,11 +5,12 @@ keys of the cache, or clusters of the next finer level: both lie in runs, and wh
 runs of the next. Runs of one tile (64 clusters) that meet in a granule share its item, the mask telling all their
 rows; only where runs of two tiles meet is a granule listed twice, with disjoint masks.
 
-Positions in the list are prefix sums. A kernel has no scan and no scatter, but tiles are small: everything is
-comparisons of 64 list positions with 64 runs in registers, then a copy of exactly the entries that count.
+Marking leaves runs behind, tile by tile, and how many items each makes (`Kept`). Who reads them makes the items, 64 at
+a time, when it gets there (`Lister`), so that listing is no launch of its own. A kernel has no scan and no scatter, but
+tiles are small: positions come from comparing 64 numbers with 64 in registers.
 """
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,59 +19,52 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from squeezejax.pallas_kernels.mosaic import (
-    ALONG,
-    DOWN,
-    GRANULE,
-    MATRIX,
-    TILE,
-    columns,
-    compiler_params,
-    count_ctas,
-    load,
-    rows,
-)
-from squeezejax.pallas_kernels.shares import Shares, offsets_of
+from squeezejax.pallas_kernels.mosaic import ALONG, DOWN, GRANULE, MATRIX, TILE, columns, load, rows
 
 PER_TILE = TILE // GRANULE
 AT_ONCE = 4  # blocks of 64 numbers read together, so that their latencies overlap
 
 
 class Lists(NamedTuple):
-    """What every lane reads, tile by tile (8 items, 64 rows)."""
+    """What every lane reads of a level, tile by tile (8 items, 64 rows)."""
 
-    items: jax.Array | None  # i32[lanes J], of which the first num_items count; None: all rows in order
-    num_items: jax.Array  # i32[lanes]
+    items: jax.Array  # i32[lanes J], of which the first num_items count
+    num_items: jax.Array  # i32[lanes'], lanes' = lanes rounded up to whole granules
     offsets: jax.Array  # i32[lanes + 1] tiles, exclusive sums
 
-    @classmethod
-    def in_order(cls, num_rows: int, lanes: int, skip) -> "Lists":
-        """All rows for every lane, or nothing if skip bool[], known on the device."""
-        tiles = jnp.where(skip, 0, jnp.int32(_tiles_in_order(num_rows)))
-        num_items = jnp.where(skip, 0, jnp.full(lanes, -(-num_rows // GRANULE), jnp.int32))
-        return cls(None, num_items, jnp.arange(lanes + 1, dtype=jnp.int32) * tiles)
 
-    def num_tiles(self, num_rows: int) -> int:
-        """The most tiles that a lane can have, over num_rows rows."""
-        return _tiles_in_order(num_rows) if self.items is None else -(-self.items.shape[1] // PER_TILE)
+class Kept(NamedTuple):
+    """What the clusters kept of one level lead to, by position in what the lanes read; what they do not have was
+    never written. A tile are 64 of them."""
 
-    def operands(self) -> list:
-        """What kernels take besides the offsets: nothing where everything is read in order."""
-        return [] if self.items is None else [self.items, self.num_items]
+    starts: jax.Array  # i32[lanes P], first row of a cluster's run, counted from the head's first granule
+    stops: jax.Array  # i32[lanes P], the row after its last; as `starts` if the cluster is not kept
+    counts: jax.Array  # i32[lanes P], items that the cluster adds
+    positions: jax.Array  # i32[lanes P], items that the tile's clusters before it add
+    tile_items: jax.Array  # i32[tiles' lanes'], items of a tile, tiles' = tiles rounded up to 64
+    tile_rows: jax.Array  # i32[lanes tiles'], rows of a tile
+    num_read: jax.Array | None  # i32[lanes'], clusters' granules that a lane read, 8 a tile; None: all, in order
 
-    def granules(self, listed, lane, tile, before, num_rows: int):
-        """In a kernel: (granules, masks) of a lane's tile; listed are references to `operands`.
+    @property
+    def most_tiles(self) -> int:
+        """The most tiles that a lane can have."""
+        return self.starts.shape[1] // TILE
 
-        Granules count from that of the head's first row, which has `before` rows of others; num_rows are the head's.
-        """
-        if not listed:
-            return in_order_granules(tile, before, before + num_rows)
-        items, num_items = listed
-        return listed_granules(items.at[lane], num_items[lane], tile)
+    def num_rows(self, lanes: int):
+        """i32[lanes], rows that each lane keeps; outside kernels."""
+        tiles = self.most_tiles if self.num_read is None else -(-self.num_read[:lanes, None] // PER_TILE)
+        has = jnp.arange(self.most_tiles)[None, :] < tiles
+        return jnp.sum(jnp.where(has, self.tile_rows, 0), axis=1, dtype=jnp.int32)
 
 
-def _tiles_in_order(num_rows: int) -> int:
-    return -(-(num_rows + GRANULE - 1) // TILE)  # the first row may be the last one of its granule
+def tiles_in_order(num_rows: int) -> int:
+    """Tiles of a head's rows in order: the first row may be the last one of its granule."""
+    return -(-(num_rows + GRANULE - 1) // TILE)
+
+
+def padded(lanes: int) -> int:
+    """Numbers of lanes are kept in arrays of whole granules, which a kernel can read at once."""
+    return -(-lanes // GRANULE) * GRANULE
 
 
 def first_granule(plane, num_rows: int):
@@ -95,12 +89,15 @@ def in_order_granules(tile, begin, end):
     return granules, masks
 
 
-def listed_granules(items, num_items, tile):
-    """In a kernel: (granules, masks) of a tile of a lane's items; past the end the last one again, with masks 0."""
+def listed_granules(item_at, num_items, tile):
+    """In a kernel: (granules, masks) of a lane's tile, item_at(position) being its items.
+
+    Past the end it is the last one again, with masks 0.
+    """
     granules, masks = [], []
     for i in range(PER_TILE):
         at = tile * PER_TILE + i
-        item = items[jnp.clip(at, 0, jnp.maximum(num_items - 1, 0))]
+        item = item_at(jnp.clip(at, 0, jnp.maximum(num_items - 1, 0)))
         granules.append(lax.shift_right_logical(item, 8))
         masks.append(jnp.where(at < num_items, item & 255, 0))
     return granules, masks
@@ -127,94 +124,10 @@ def gather(numbers, granules):
 
 
 class Runs(NamedTuple):
-    """Runs of rows, one a kept cluster: i32[lanes P], or in a kernel those of a tile, i32[TILE] in one layout."""
+    """In a kernel: runs of rows, those of a tile's clusters, i32[TILE] in one layout."""
 
     start: jax.Array
     length: jax.Array  # 0: not kept
-
-
-def list_items(runs: Runs, tile_items, offsets, num_rows: int, most_runs: int) -> Lists:
-    """The items of every lane's runs.
-
-    runs i32[lanes P] over P/64 tiles, of which `offsets` i32[lanes + 1] says how many a lane has; tile_items
-    i32[lanes ≥ P/64], items of each tile; num_rows and most_runs bound the rows and runs of a lane.
-    """
-    lanes = runs.start.shape[0]
-    # Runs are disjoint: sorted, each shares at most one granule with the next. The first granule may belong to others.
-    capacity = -(-num_rows // GRANULE) + 1 + most_runs
-    num_ctas = count_ctas(2)
-    shape = (TILE, TILE)  # list positions or runs down, runs along
-
-    def body(starts_gm, lengths_gm, tile_items_gm, off_gm, items_gm, *, items_sm, turn_sm):
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-        one = plgpu.layout_cast(jnp.full(shape, 1, jnp.int32), MATRIX)
-
-        def visit(lane, first, end, carry):
-            def add(block, base):
-                for i in range(AT_ONCE):
-                    begin = (block * AT_ONCE + i) * TILE
-                    index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=DOWN) + begin
-                    found = load(tile_items_gm.at[lane, pl.ds(begin, TILE)], DOWN)
-                    base = base + jnp.sum(jnp.where(index < first, found, 0))
-                return base
-
-            blocks = lax.div(first + (AT_ONCE * TILE - 1), jnp.int32(AT_ONCE * TILE))
-            base = lax.fori_loop(0, blocks, add, jnp.int32(0))
-            lax.fori_loop(first, end, functools.partial(list_tile, lane), base)
-            return carry
-
-        def list_tile(lane, tile, base):
-            total = tile_items_gm[lane, tile]
-            here = pl.ds(tile * TILE, TILE)
-
-            @pl.when(total > 0)
-            def _():
-                down = Runs(load(starts_gm.at[lane, here], DOWN), load(lengths_gm.at[lane, here], DOWN))
-                along = turn(down, turn_sm)
-                items_down, _ = count_items(down, along, result=DOWN)
-                items_along, granule = count_items(down, along, result=ALONG)
-                position = jnp.sum(jnp.where(row < column, rows(items_down, shape), 0), axis=0)
-                position = columns(plgpu.layout_cast(position, ALONG), shape)
-                items_of, granule = columns(items_along, shape), columns(granule, shape)
-                start, stop = columns(along.start, shape), columns(along.start + along.length, shape)
-
-                def write(block, _):
-                    slot = row + block * TILE
-                    owned = jnp.logical_and(slot >= position, slot < position + items_of)
-                    of_slot = plgpu.layout_cast(jnp.sum(jnp.where(owned, granule + slot - position, 0), axis=1), DOWN)
-                    first = rows(of_slot * GRANULE, shape)
-                    low, high = (jnp.clip(edge - first, 0, GRANULE) for edge in (start, stop))
-                    bits = lax.shift_left(one, high) - lax.shift_left(one, low)
-                    items_sm[...] = of_slot * 256 + plgpu.layout_cast(jnp.sum(bits, axis=1), DOWN)
-
-                    def copy(i, _):
-                        items_gm[lane, base + block * TILE + i] = items_sm[i]
-
-                    lax.fori_loop(0, jnp.minimum(total - block * TILE, TILE), copy, None)
-
-                lax.fori_loop(0, lax.div(total + (TILE - 1), jnp.int32(TILE)), write, None)
-
-            return base + total
-
-        Shares(off_gm, lanes, num_ctas).visit(lax.axis_index("cta"), visit)
-
-    items = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((lanes, capacity), jnp.int32),
-        scratch_types={
-            "items_sm": plgpu.SMEM((TILE,), jnp.int32),
-            "turn_sm": plgpu.SMEM((len(runs), TILE), jnp.int32),
-        },
-        grid=(num_ctas,),
-        grid_names=("cta",),
-        compiler_params=compiler_params(),
-        kernel_name="list_items",
-    )(*runs, tile_items, offsets)
-    # Tiles that a lane does not have were never written.
-    has = jnp.arange(tile_items.shape[1])[None, :] < jnp.diff(offsets)[:, None]
-    num_items = jnp.sum(jnp.where(has, tile_items, 0), axis=1, dtype=jnp.int32)
-    return Lists(items, num_items, offsets_of((num_items + (PER_TILE - 1)) // PER_TILE))
 
 
 def turn(runs: Runs, scratch) -> Runs:
@@ -247,3 +160,122 @@ def count_items(down: Runs, along: Runs, *, result):
     meeting = jnp.where(jnp.logical_and(earlier, meets), spread_other(jnp.minimum(other.length, 1), shape), 0)
     shared = jnp.minimum(plgpu.layout_cast(jnp.sum(meeting, axis=axis), result), 1)
     return kept * (last - first + 1 - shared), first + shared
+
+
+def before_each(numbers):
+    """In a kernel: sums of the numbers before each one, i32[TILE] down the rows -> along the columns."""
+    shape = (TILE, TILE)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    return plgpu.layout_cast(jnp.sum(jnp.where(row < column, rows(numbers, shape), 0), axis=0), ALONG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lister:
+    """In a kernel, for one warpgroup: what lanes keep as items, `prepare` first."""
+
+    kept: Kept  # references
+    skip: object  # bool[]: nothing was marked, and nothing is listed
+    lanes: int
+    sums_sm: object  # scratch, as `scratch` makes it
+    begins_sm: object
+
+    @staticmethod
+    def scratch(kept: Kept) -> dict:
+        """What it needs of shared memory."""
+        chunks, lanes = kept.tile_items.shape[0] // TILE, kept.tile_items.shape[1]
+        return {"sums_sm": plgpu.SMEM((chunks, lanes), jnp.int32), "begins_sm": plgpu.SMEM((2, TILE), jnp.int32)}
+
+    @property
+    def _chunks(self) -> int:
+        return self.kept.tile_items.shape[0] // TILE
+
+    def prepare(self):
+        """Sums up the items of every 64 tiles, a chunk, of every lane."""
+        shape = (TILE, GRANULE)
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        eights = self.kept.tile_items.shape[1] // GRANULE
+
+        def add(i):
+            chunk, eight = lax.div(i, jnp.int32(eights)), lax.rem(i, jnp.int32(eights))
+            here = pl.ds(eight * GRANULE, GRANULE)
+            if self.kept.num_read is None:
+                tiles = self.kept.most_tiles
+            else:
+                read = load(self.kept.num_read.at[here], ALONG)
+                tiles = columns(lax.shift_right_logical(read + (PER_TILE - 1), 3), shape)
+            has = jnp.logical_and(row + chunk * TILE < tiles, jnp.logical_not(self.skip))
+            found = load(self.kept.tile_items.at[pl.ds(chunk * TILE, TILE), here], MATRIX)
+            return chunk, here, jnp.where(has, found, 0)
+
+        def add_some(first, number):
+            for chunk, here, found in [add(first + i) for i in range(number)]:
+                self.sums_sm[chunk, here] = jnp.sum(found, axis=0)
+
+        blocks = self._chunks * eights
+        lax.fori_loop(0, blocks // AT_ONCE, lambda block, _: add_some(block * AT_ONCE, AT_ONCE), None)
+        add_some(jnp.int32(blocks - blocks % AT_ONCE), blocks % AT_ONCE)
+        plgpu.commit_smem()  # a barrier: what one warp wrote others read
+
+    def num_items(self, lane):
+        """Items of a lane."""
+        return lax.fori_loop(0, self._chunks, lambda chunk, total: total + self.sums_sm[chunk, lane], jnp.int32(0))
+
+    def items(self, lane, first):
+        """A lane's items at positions first to first + 64, i32[TILE] down the rows; 0 past its end."""
+
+        def add(chunk, state):
+            base, items = state
+            number = self.sums_sm[chunk, lane]
+            meets = jnp.logical_and(base < first + TILE, base + number > first)
+            listed = lambda _, items: self._add_chunk(lane, chunk, base - first, items)
+            return base + number, lax.fori_loop(0, jnp.where(meets, 1, 0), listed, items)
+
+        nothing = plgpu.layout_cast(jnp.full((TILE,), 0, jnp.int32), DOWN)
+        return lax.fori_loop(0, self._chunks, add, (jnp.int32(0), nothing))[1]
+
+    def _add_chunk(self, lane, chunk, base, items):
+        """Adds the items of 64 tiles, whose first has position `base` here."""
+        index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=DOWN)
+        if self.kept.num_read is None:
+            tiles = self.kept.most_tiles
+        else:
+            tiles = lax.shift_right_logical(self.kept.num_read[lane] + (PER_TILE - 1), 3)
+        numbers = load(self.kept.tile_items.at[pl.ds(chunk * TILE, TILE), lane], DOWN)
+        numbers = jnp.where(index + chunk * TILE < tiles, numbers, 0)
+        plgpu.commit_smem()  # a barrier: all warps are done with the chunk before
+        self.begins_sm[0] = before_each(numbers) + base
+        plgpu.commit_smem()
+        begins = load(self.begins_sm.at[0], DOWN)
+        self.begins_sm[1] = begins + numbers
+        plgpu.commit_smem()
+        first = jnp.sum(jnp.where(begins + numbers <= 0, 1, 0))
+        end = jnp.sum(jnp.where(begins < TILE, 1, 0))
+
+        def add_tile(tile, items):
+            begin, stop = self.begins_sm[0, tile], self.begins_sm[1, tile]
+            expand = lambda _, items: items + self._expand(lane, chunk * TILE + tile, begin, stop)
+            return lax.fori_loop(0, jnp.minimum(stop - begin, 1), expand, items)
+
+        return lax.fori_loop(first, end, add_tile, items)
+
+    def _expand(self, lane, tile, begin, end):
+        """The items of a tile in the positions that they have here, [begin, end) and within 64; 0 elsewhere."""
+        shape = (TILE, TILE)  # positions down, clusters along
+        here = pl.ds(tile * TILE, TILE)
+        kept = self.kept
+        start, stop, count, position = (
+            load(ref.at[lane, here], ALONG) for ref in (kept.starts, kept.stops, kept.counts, kept.positions)
+        )
+        granule = lax.shift_right_logical(stop + (GRANULE - 1), 3) - count  # of a cluster's first item
+        slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) - begin
+        owned = jnp.logical_and(slot >= columns(position, shape), slot < columns(position + count, shape))
+        granules = jnp.where(owned, columns(granule - position, shape) + slot, 0)
+        of_slot = plgpu.layout_cast(jnp.sum(granules, axis=1), DOWN)
+        first = rows(of_slot * GRANULE, shape)
+        low, high = (jnp.clip(columns(edge, shape) - first, 0, GRANULE) for edge in (start, stop))
+        one = plgpu.layout_cast(jnp.full(shape, 1, jnp.int32), MATRIX)
+        bits = lax.shift_left(one, high) - lax.shift_left(one, low)
+        item = of_slot * 256 + plgpu.layout_cast(jnp.sum(bits, axis=1), DOWN)
+        index = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=DOWN)
+        return jnp.where(jnp.logical_and(index >= begin, index < end), item, 0)

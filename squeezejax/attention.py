@@ -295,11 +295,11 @@ def _attend_estimated(tree: Tree, q, valid, layer, log_T, estimate: Estimate, ow
 def _decode_fixed(kernels, tree: Tree, q, k, v, layer, start, lengths, log_T) -> Attended:
     """`attend_user` for one token a user, q [B 1 N H], by the decode kernels: fixed context, window and own tokens."""
     B, _, N, H = q.shape
-    own_rows = jnp.minimum(start + 1, lengths)
-    cache = kernels.Cache(tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, k, v, own_rows)
+    cache = kernels.Cache(tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, k, v)
+    step = kernels.Step(jnp.reshape(jnp.asarray(layer, jnp.int32), 1), log_T, start, lengths)
     groups = split_heads(q, tree.num_kv_heads)[:, 0]
-    out, lse, num_kept = kernels.attend_kept(groups, cache, tree.levels, start < lengths, layer, log_T)
-    kept = jnp.mean(num_kept.astype(jnp.float32), axis=1) / tree.num_keys
+    out, lse, num_kept = kernels.attend_kept(groups, cache, tree.levels, step)
+    kept = num_kept.astype(jnp.float32) / (tree.num_kv_heads * tree.num_keys)
     return Attended(out.reshape(B, 1, N, H), lse.reshape(B, 1, N), kept)
 
 

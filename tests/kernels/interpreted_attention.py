@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.pallas_kernels import mosaic, reference_decode, sparse_decode
-from squeezejax.pallas_kernels.sparse_decode import InOrder, Listed
+from squeezejax.pallas_kernels.sources import InOrder, Listed
+from squeezejax.pallas_kernels.step import Step
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 
@@ -24,7 +25,7 @@ def check(
     counts=((11, 5),), G=4, H=64, L=1, R=256, window=0, room=0, dtype="bfloat16", masks=None, config=None, seed=0,
     listed=True,
 ):  # fmt: skip
-    """Random items, `counts` i[B K] of them, a window and own rows of random number; granules not read are NaN."""
+    """Random rows of `counts` i[B K] granules, a window and own rows of random number; granules not read are NaN."""
     rng = np.random.default_rng(seed)
     counts = np.asarray(counts, np.int32)
     B, K = counts.shape
@@ -32,7 +33,11 @@ def check(
     q = jnp.asarray(rng.standard_normal((B, K, G, H)), dtype)
     granules = np.stack([rng.permutation(R // 8) for _ in range(B * K)])
     chosen = rng.integers(1, 256, granules.shape) if masks is None else np.full(granules.shape, masks)
-    items = (granules * 256 + chosen).astype(np.int32)
+    kept = np.zeros((B * K, R // 8, 8), bool)
+    for u, number in enumerate(counts.reshape(-1)):
+        bits = chosen[u, :number, None] >> np.arange(8) & 1
+        kept[u, granules[u, :number]] = bits.astype(bool)
+    kept = reference_decode.keep(kept.reshape(B * K, R), rng)
     keys, values = (random_cache(rng, L, K, R, H, dtype=dtype) for _ in range(2))
     for k in range(K):
         read = np.zeros(R // 8, bool)
@@ -40,30 +45,29 @@ def check(
         for cache in (keys, values):
             cache[:layer] = np.nan
             cache[layer, k].reshape(R // 8, 8, H)[~read] = np.nan
-    in_order = []
+    in_order, rows = [], np.zeros(B, np.int32)
     if window:
-        shape = (L, K, window, H)
-        in_order.append(
-            InOrder(*(random_cache(rng, *shape, dtype=dtype) for _ in range(2)), np.full((B, K), window, np.int32))
-        )
+        in_order.append(InOrder(*(random_cache(rng, L, K, window, H, dtype=dtype) for _ in range(2)), window))
     if room:
-        rows = np.repeat(rng.integers(0, room + 1, (B, 1)), K, axis=1).astype(np.int32)
+        rows = rng.integers(0, room + 1, B).astype(np.int32)
         own = [random_cache(rng, B, room, K, H, dtype=dtype) for _ in range(2)]
         together = 8 if listed else 64  # rows
         for cache in own:
             for b in range(B):
-                cache[b, -(-rows[b, 0] // together) * together :] = np.nan
-        in_order.append(InOrder(*own, rows, own=True))
-    source = Listed(keys, values, items, counts.reshape(-1)) if listed else None
+                cache[b, -(-rows[b] // together) * together :] = np.nan
+        in_order.append(InOrder(*own, None))
+    step = Step(np.full(1, layer, np.int32), np.zeros(1, np.float32), rows - 1, rows)
+    source = Listed(keys, values, kept) if listed else None
 
     @jax.jit
-    def run(q, arrays, source):
-        sources = tuple(InOrder(*found, own=one.own) for found, one in zip(arrays, in_order, strict=True))
-        return sparse_decode.attend(q, sources, source, jnp.int32(layer), config=config)
+    def run(q, arrays, source, step):
+        sources = tuple(InOrder(*found, one.num_rows) for found, one in zip(arrays, in_order, strict=True))
+        listed = source and Listed(*source)
+        return sparse_decode.attend(q, sources, listed, step, config=config)
 
     with mosaic.interpret():
-        out, lse = run(q, [one[:3] for one in in_order], source)
-    want_out, want_lse = reference_decode.attend(q, in_order, source, layer)
+        out, lse = run(q, [one[:2] for one in in_order], source and source[:3], step)
+    want_out, want_lse = reference_decode.attend(q, in_order, source, step)
     np.testing.assert_allclose(out, want_out, atol=TOLERANCE[dtype], rtol=0)
     live = want_lse > -1e29
     np.testing.assert_allclose(np.asarray(lse)[live], want_lse[live], atol=2e-4, rtol=0)
@@ -85,6 +89,7 @@ def uneven_lanes():
     check([[0, 0, 0, 30]])
     check([[30, 0, 0, 0]])
     check([[0, 0], [0, 0]])  # nothing at all
+    check(np.arange(64)[None] % 3, R=24)  # as many heads as there may be
     check(np.arange(34).reshape(17, 2) % 9, R=64, room=20)  # lanes found by halving; own tokens of very uneven number
 
 

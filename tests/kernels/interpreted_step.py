@@ -62,7 +62,8 @@ def equal_keys():
     log_T = squeezejax.log_thresholds(tree, 0.5)
     q = jnp.ones((1, 2, 2, 64), jnp.bfloat16)
     with mosaic.interpret():
-        found = decode.select(q, tree.levels, jnp.ones(1, bool), jnp.int32(0), log_T, tree.keys.shape[2])
+        step = decode.Step(jnp.zeros(1, jnp.int32), log_T, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
+        found = decode.select(q, tree.levels, step, tree.keys.shape[2])
     assert (np.asarray(found.num_kept) == 0).all()
 
 
