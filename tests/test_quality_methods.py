@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 
 from benchmarks.quality import measure, methods, tasks
-from benchmarks.quality.methods import METHODS, Fixed, Units
+from benchmarks.quality.methods import METHODS, Cache, Fixed, Units
 from squeezejax import add_value_centroids, attend, models
 from squeezejax.models import embedded
 from squeezejax.models.embedded import batches
@@ -20,7 +20,7 @@ def context(keys, *, queries=None, window_keys=None):
     keys = jnp.asarray(keys, jnp.float32)[None, None]
     window = jnp.zeros((1, 1, 0, keys.shape[3])) if window_keys is None else jnp.asarray(window_keys)[None, None]
     queries = None if queries is None else jnp.asarray(queries)[None, None]
-    return Fixed(keys, keys, window, window, queries, None, None)
+    return Fixed(Cache(keys, keys, window, window), queries)
 
 
 def chosen(name, fixed, q, num_keys):
@@ -63,6 +63,19 @@ def test_quest_goes_by_what_a_page_could_score_at_most():
     assert chosen("quest", fixed, [[-1, 0]], 1)[0] == [*range(32, 40)]  # the last page is not full
 
 
+def test_an_index_in_few_bits():
+    # Common to all keys: (0, 3). Apart from it row 0 is (−0.8, 2), whose scale in 4 bits is 2/7: −0.8 becomes −3 · 2/7.
+    keys = np.array([[-0.8, 5], [0.8, 1]], np.float32)[None, None]
+    found = methods.rounded(jnp.asarray(keys), jnp.asarray(keys), 4)[0, 0]
+    np.testing.assert_allclose(found, [[-6 / 7, 5], [6 / 7, 1]], rtol=1e-5)
+    assert methods.rounded(keys, keys, 16) is keys
+    assert methods.vector_read(4, 32) == 4 / 16 + 1 / 32
+    fixed = context(keys_at(40, _0=(2, 0), _9=(0, 2), _20=(3, 0), _33=(0, -5), _35=(-5, 0)))
+    kept, read = chosen("quest_4_bits", fixed, [[1, 1]], 17)
+    assert kept == [*range(32)]
+    assert read == 6 * (4 / 16 + 1 / 2)
+
+
 def test_blocks_go_by_their_mean_key():
     # Blocks of 20: means 3/20, 2/20 and, of five keys, 1/5.
     fixed = context(keys_at(45, _0=(3, 0), _21=(2, 0), _40=(1, 0)))
@@ -94,7 +107,8 @@ def case_and_context():
     flat = dataclasses.replace(tree, levels=tree.levels[-1:])
     S = case.clustered.shape[2]
     keys, values = (jnp.asarray(x) for x in (case.keys, case.values))
-    fixed = Fixed(keys[:, :, :S], values[:, :, :S], keys[:, :, S:], values[:, :, S:], None, tree, flat)
+    fixed = Fixed(Cache(keys[:, :, :S], values[:, :, :S], keys[:, :, S:], values[:, :, S:]), None)
+    vars(fixed).update(tree=tree, flat=flat)  # else it would build its own
     return case, fixed
 
 
@@ -138,9 +152,10 @@ def test_ours_is_the_librarys_attention():
     case, fixed = case_and_context()
     q, k, v = (x[0] for x in oracle.user_tokens(case, B=1, T=4, room=4))
     log_T = jnp.array([-4.2, -3.9])
-    step = jax.jit(functools.partial(measure._attend, method=method, num_question=2))
+    step = jax.jit(functools.partial(measure._attend, way=measure.Way.of(method), num_question=2))
+    here = jax.tree.map(lambda x: x[1], (fixed.cache, method.build(fixed), methods.everywhere(fixed, log_T)))
     arrays = [jnp.asarray(x) for x in (q, k, v)]
-    out, lost = step(fixed, method.build(fixed), log_T, jnp.int32(1), *arrays, jnp.ones(4, bool))
+    out, lost = step(*here, *arrays, jnp.ones(4, bool))
     call = jax.jit(functools.partial(attend, layer=1), static_argnames=("tail", "implementation"))
     call = functools.partial(call, fixed.tree, implementation="xla")
     for first, count in ((0, 2), (2, 1), (3, 1)):
@@ -164,9 +179,7 @@ def test_right_replies_are_those_of_plain_logits():
     ids, asked = measure.context_ids(encoder, sample, 400), measure.ask(encoder, sample)
     assert len(ids) == 401
     assert encoder.tokenizer.decode(ids[-20:]) == encoder.tokenizer.decode(encoder.ids(sample.context)[-20:])
-    keys, values, queries = measure.read_context(params, jnp.asarray([ids]))
-    S = keys.shape[2] - methods.CONFIG.observation_window
-    fixed = Fixed(keys[:, :, :S], values[:, :, :S], keys[:, :, S:], values[:, :, S:], queries, None, None)
+    fixed = measure.divide(measure.read(params, ids), methods.CONFIG)
     method = METHODS["exact"]
     outcome = measure.run(params, fixed, method.build(fixed), method, 1.0, asked)
     whole, found = [], []

@@ -2,11 +2,13 @@
 
 The right reply is fed token by token, and counts as given where every one of its tokens has the largest logit after the
 ones before: that is so exactly when greedy decoding gives it to the last token. Keys are chosen as in generation, once
-for a question's tokens and anew for every token of the reply.
+for a question's tokens and anew for every token of the reply. Several values of one name count in any order, as RULER
+counts them: in each value's place, every one that was not given yet is right.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.quality import tasks
-from benchmarks.quality.methods import CONFIG, Fixed, Method
-from squeezejax import add_value_centroids, build_tree, calibrate
+from benchmarks.quality.methods import CONFIG, Cache, Fixed, Method
+from squeezejax import SqueezeConfig
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
 from squeezejax.partial import causal_attention, merge
 
 HIDDEN = -1e30
+LONGEST_WINDOW = 200  # tokens whose queries are kept
 
 
 # ---- The context
@@ -38,32 +41,41 @@ def context_ids(encoder: Encoder, sample: tasks.Sample, num_tokens: int) -> list
     return [encoder.bos, *filler[len(filler) - missing :], *ids]
 
 
-def read(params, ids: list[int]) -> Fixed:
-    """Reads a context densely and builds its trees: the default two levels, and the finest of them alone."""
-    keys, values, queries = read_context(params, jnp.asarray(ids, jnp.int32)[None])
-    tree = add_value_centroids(calibrate(build_tree(keys, values, CONFIG), queries))
-    level = dataclasses.replace(tree.levels[-1], parents=jnp.zeros_like(tree.levels[-1].parents))
-    alone = dataclasses.replace(CONFIG, cluster_fractions=CONFIG.cluster_fractions[-1:])
-    flat = calibrate(dataclasses.replace(tree, levels=(level,), config=alone), queries)
-    S = tree.num_keys
-    return Fixed(keys[:, :, :S], values[:, :, :S], keys[:, :, S:], values[:, :, S:], queries, tree, flat)
+class Read(NamedTuple):
+    """What dense reading of a context leaves."""
+
+    keys: jax.Array  # [L K S+W H]
+    values: jax.Array  # [L K S+W H]
+    queries: jax.Array  # [L N LONGEST_WINDOW H], of the last tokens
+
+
+def read(params, ids: list[int]) -> Read:
+    """Reads a context densely."""
+    return _read(params, jnp.asarray(ids, jnp.int32)[None])
 
 
 @jax.jit
-def read_context(params, tokens):
-    """keys, values [L K S+W H] and the window's queries [L N W H] of tokens i32[1 S+W], by dense attention."""
-    config, T, W = params.config, tokens.shape[1], CONFIG.observation_window
+def _read(params, tokens) -> Read:  # tokens i32[1 S+W]
+    config, T, W = params.config, tokens.shape[1], LONGEST_WINDOW
     shape = lambda heads, length: jnp.zeros((config.num_layers, heads, length, config.head_dim))
 
     def attend(carry, layer, q, k, v):
         found = (x[0].swapaxes(0, 1) for x in (k, v, q[:, T - W :]))
-        carry = tuple(whole.at[layer].set(part) for whole, part in zip(carry, found, strict=True))
+        carry = Read(*(whole.at[layer].set(part) for whole, part in zip(carry, found, strict=True)))
         return carry, causal_attention(q, k, v)
 
     K, N = config.num_kv_heads, config.num_heads
-    carry = (shape(K, T), shape(K, T), shape(N, W))
+    carry = Read(shape(K, T), shape(K, T), shape(N, W))
     positions = jnp.arange(T)[None]
     return params.run_layers(params.embed(tokens), positions, attend, carry)[1]
+
+
+def divide(context: Read, config: SqueezeConfig) -> Fixed:
+    """A context with a configuration's window; where that is empty, the queries of the default's calibrate."""
+    W = config.observation_window
+    S = context.keys.shape[2] - W
+    parts = (x[:, :, part] for part in (slice(S), slice(S, None)) for x in (context.keys, context.values))
+    return Fixed(Cache(*parts), context.queries[:, :, -(W or CONFIG.observation_window) :], config)
 
 
 # ---- The questions
@@ -75,6 +87,7 @@ class Asked(NamedTuple):
     tokens: np.ndarray  # i32[B T]
     valid: np.ndarray  # bool[B T]
     answers: np.ndarray  # bool[B T], tokens of the reply that have to be found in the context
+    accepted: np.ndarray  # i32[B T A], tokens that are right there
     num_question: int
 
 
@@ -85,12 +98,16 @@ def ask(encoder: Encoder, sample: tasks.Sample) -> Asked:
     num_question = up([len(turn.question) for turn in turns], 24)
     T = num_question + up([len(turn.reply) for turn in turns], 18)
     tokens, valid, answers = np.zeros((len(turns), T), np.int32), *np.zeros((2, len(turns), T), bool)
+    accepted = np.zeros((len(turns), T, tasks.VALUES), np.int32)
     for row, turn in enumerate(turns):
         for start, ids in ((0, turn.question), (num_question, turn.reply)):
             tokens[row, start : start + len(ids)] = ids
             valid[row, start : start + len(ids)] = True
         answers[row, num_question : num_question + len(turn.answers)] = turn.answers
-    return Asked(tokens, valid, answers, num_question)
+        for place, some in enumerate(turn.accepted, num_question):
+            accepted[row, place] = some[-1]  # the same one again where there are fewer
+            accepted[row, place, : len(some)] = some
+    return Asked(tokens, valid, answers, accepted, num_question)
 
 
 class Lost(NamedTuple):
@@ -100,67 +117,94 @@ class Lost(NamedTuple):
     error: jax.Array  # f32[B R N], ‖out − dense out‖ / ‖dense out‖
     kept: jax.Array  # f32[B R K], chosen keys / S
     read: jax.Array  # f32[B R K], vectors read of keys, values and index / those of all keys and values
+    asked: jax.Array  # f32[B R K], keys that one selection of the question's tokens chose / S, for every R the same
 
 
-@functools.partial(jax.jit, static_argnames=("method", "num_question"))
-def answer(params, fixed: Fixed, index, knob, tokens, valid, *, method: Method, num_question: int):
+class Way(NamedTuple):
+    """What of a method makes the program of a run: methods that agree in it share what is compiled."""
+
+    choose: Callable
+    question_block: int | None
+    steps: int
+    longer: int  # tokens by which the window exceeds the usual one: they count as chosen keys
+
+    @classmethod
+    def of(cls, method: Method) -> "Way":
+        """A method's."""
+        longer = method.config.observation_window - CONFIG.observation_window
+        return cls(method.choose, method.question_block, method.steps, longer)
+
+
+@functools.partial(jax.jit, static_argnames=("way", "num_question"))
+def answer(params, cache: Cache, index, knob, tokens, valid, *, way: Way, num_question: int):
     """Most likely next tokens i32[B T] after tokens i32[B T] that follow the context, and `Lost` [L …]."""
     B, T = tokens.shape
-    config, S = params.config, fixed.keys.shape[2]
-    context = S + fixed.window_keys.shape[2]
+    config = params.config
+    context = cache.keys.shape[2] + cache.window_keys.shape[2]
     position = context + jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
-    sizes = (config.num_heads, config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    lost = Lost(*(jnp.zeros((config.num_layers, B, T - num_question, size)) for size in sizes))
+    N, K = config.num_heads, config.num_kv_heads
+    lost = Lost(*(jnp.zeros((config.num_layers, B, T - num_question, size)) for size in (N, N, K, K, K)))
 
     def attend(lost, layer, q, k, v):
+        here = jax.tree.map(lambda x: x[layer], (cache, index, knob))
         # One user at a time, so that scores stay small.
-        one_user = lambda user: _attend(fixed, index, knob, layer, *user, method, num_question)
-        out, here = jax.lax.map(one_user, (q, k, v, valid))
-        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), lost, here), out
+        out, found = jax.lax.map(lambda user: _attend(*here, *user, way, num_question), (q, k, v, valid))
+        return jax.tree.map(lambda whole, part: whole.at[layer].set(part), lost, found), out
 
     x, lost = params.run_layers(params.embed(tokens), position, attend, lost)
     return jnp.argmax(params.unembed(x), axis=-1), lost
 
 
-def _attend(fixed: Fixed, index, knob, layer, q, k, v, valid, method: Method, num_question: int):
+def _attend(cache: Cache, index, knob, q, k, v, valid, way: Way, num_question: int):
     """One layer for one user: q [T N H], k, v [T K H] -> (out [T N H], Lost without B)."""
     T, N, H = q.shape
     K = k.shape[1]
-    S, Q, R, G = fixed.keys.shape[2], num_question, T - num_question, N // K
+    S, Q, R, G = cache.keys.shape[1], num_question, T - num_question, N // K
     q = q.reshape(T, K, G, H).transpose(1, 0, 2, 3)  # [K T G H]
     k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [K T H]
-    here = lambda x: x[layer]
     dots = lambda keys: jnp.einsum("KTGH,KSH->KTGS", q, keys) / jnp.sqrt(jnp.float32(H))
     seen = jnp.tril(jnp.ones((T, T), bool)) & valid[None, :]
     always = _softmax(
-        jnp.concatenate([dots(here(fixed.window_keys)), jnp.where(seen[None, :, None], dots(k), HIDDEN)], axis=-1),
-        jnp.concatenate([here(fixed.window_values), v], axis=1),
+        jnp.concatenate([dots(cache.window_keys), jnp.where(seen[None, :, None], dots(k), HIDDEN)], axis=-1),
+        jnp.concatenate([cache.window_values, v], axis=1),
     )
-    logits, values = dots(here(fixed.keys)), here(fixed.values)
+    logits, values = dots(cache.keys), cache.values
 
-    choose = jax.vmap(method.choose, in_axes=(0, 0, None, None))  # over heads
-    each_token = jax.vmap(choose, in_axes=(None, 1, None, None), out_axes=1)
-    of_layer = jax.tree.map(here, index)
-    asking = choose(of_layer, q[:, :Q].reshape(K, Q * G, H), jnp.repeat(valid[:Q], G), knob)
-    replying = each_token(of_layer, q[:, Q:], jnp.ones(G, bool), knob)
+    in_head = jax.vmap(way.choose, in_axes=(None, 0, 0, None))  # over blocks of tokens
+    choose = jax.vmap(in_head, in_axes=(0, 0, None, 0))  # over heads
+    block = way.question_block or Q
+    asking = q[:, :Q].reshape(K, Q // block, block * G, H)
+    asking_valid = jnp.repeat(valid[:Q], G).reshape(Q // block, block * G)
+    asked = choose(index, asking, asking_valid, knob)
+    replied = choose(index, q[:, Q :: way.steps], jnp.ones((R // way.steps, G), bool), knob)
+    both = ((asked, Q, block), (replied, R, way.steps))
 
-    mask = jnp.concatenate([jnp.broadcast_to(asking.mask[:, None], (K, Q, S)), replying.mask], axis=1)
+    mask = jnp.concatenate([jnp.repeat(choice.mask, tokens, axis=1) for choice, _, tokens in both], axis=1)
     read = merge(_softmax(jnp.where(mask[:, :, None], logits, HIDDEN), values), always)
     dense = merge(_softmax(logits, values), always)
     out = read[0]
-    if asking.rest is not None:
-        pairs = zip(asking.rest, replying.rest, strict=True)
-        rest = (jnp.concatenate([x.reshape(K, Q, G, *x.shape[2:]), y], axis=1) for x, y in pairs)
+    if asked.rest is not None:
+        every_token = lambda *parts: [
+            x.reshape(K, n, G, *x.shape[3:]) for x, (_, n, _) in zip(parts, both, strict=True)
+        ]
+        rest = (jnp.concatenate(every_token(*parts), axis=1) for parts in zip(asked.rest, replied.rest, strict=True))
         out = merge(read, tuple(rest))[0]
 
     heads = lambda x: x[:, Q:].swapaxes(0, 1).reshape(R, N)
     length = lambda x: jnp.linalg.norm(x, axis=-1)
-    kept = jnp.mean(replying.mask.astype(jnp.float32), axis=2).T
+    share = lambda number: number.astype(jnp.float32).T / (S + way.longer)
+    kept = share(jnp.sum(mask[:, Q:], axis=2) + way.longer)
+    index_read = jnp.repeat(replied.index_read, way.steps, axis=1) / way.steps
+    asking = jnp.any(asking_valid, axis=1)  # selections that are not padding alone
     lost = Lost(
         mass=heads(jnp.exp(read[1] - dense[1])),
         error=heads(length(out - dense[0]) / length(dense[0])),
         kept=kept,
-        read=kept + replying.index_read.T / (2 * S),
+        read=kept + share(index_read) / 2,
+        asked=jnp.broadcast_to(
+            share(jnp.sum(asked.mask & asking[None, :, None], axis=(1, 2))) / jnp.sum(asking.astype(jnp.float32)),
+            kept.shape,
+        ),
     )
     return out.transpose(1, 0, 2, 3).reshape(T, N, H), lost
 
@@ -188,25 +232,26 @@ class Outcome:
     error: np.ndarray  # f32[L N]
     kept: np.ndarray  # f32[L K]
     read: np.ndarray  # f32[L K]
+    asked: np.ndarray  # f32[L K]
 
 
 def run(params, fixed: Fixed, index, method: Method, setting: float, asked: Asked) -> Outcome:
     """Asks every question of one context; `index` is method.build(fixed)."""
     predicted, lost = answer(
         params,
-        fixed,
+        fixed.cache,
         index,
-        method.knob(fixed, setting),
+        method.knob(fixed, index, setting),
         asked.tokens,
         asked.valid,
-        method=method,
+        way=Way.of(method),
         num_question=asked.num_question,
     )
     Q, reply = asked.num_question, asked.valid[:, asked.num_question :]
     # The first token of a reply follows the question's last one, the others their neighbours.
     last = asked.valid[:, :Q].sum(axis=1) - 1
     before = np.concatenate([np.take_along_axis(np.asarray(predicted), last[:, None], 1), predicted[:, Q:-1]], axis=1)
-    right = before == asked.tokens[:, Q:]
+    right = np.any(before[..., None] == asked.accepted[:, Q:], axis=2)
     answers = asked.answers[:, Q:]
     # The token that a row predicts is what its attention serves: replies' rows but the last.
     weights = reply / reply.sum()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax import SqueezeConfig, Tree, log_thresholds
+from squeezejax import SqueezeConfig, Tree, add_value_centroids, build_tree, calibrate, log_thresholds
 from squeezejax.estimate import Estimate, cluster_of_rows, descend
 from squeezejax.pallas_kernels import reference
 from squeezejax.partial import merge
@@ -28,18 +28,42 @@ POOLING = 5  # neighbouring tokens that SnapKV averages
 BLOCK = 20  # keys of a position block: the mean size of our clusters
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+class Cache(NamedTuple):
+    """A context's keys and values in their order."""
+
+    keys: jax.Array  # [L K S H], of which a method chooses
+    values: jax.Array  # [L K S H]
+    window_keys: jax.Array  # [L K W H], which everybody attends to
+    window_values: jax.Array  # [L K W H]
+
+
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A context that was read once: its keys in their order, and the trees made of them."""
+    """A context that was read once, and the trees that a configuration makes of it, when a method first asks."""
 
-    keys: jax.Array  # [L K S H], clustered keys
-    values: jax.Array  # [L K S H]
-    window_keys: jax.Array  # [L K W H]
-    window_values: jax.Array  # [L K W H]
-    queries: jax.Array  # [L N W H], of the window
-    tree: Tree  # calibrated, with value centroids
-    flat: Tree  # its finest level alone, calibrated
+    cache: Cache
+    queries: jax.Array  # [L N W H], which calibrate: the window's, or others where it is empty
+    config: SqueezeConfig = CONFIG
+
+    @functools.cached_property
+    def built(self) -> Tree:
+        """All levels, with value centroids, not calibrated."""
+        both = lambda *parts: jnp.concatenate(parts, axis=2)
+        keys, values = both(self.cache.keys, self.cache.window_keys), both(self.cache.values, self.cache.window_values)
+        return add_value_centroids(build_tree(keys, values, self.config))
+
+    @functools.cached_property
+    def tree(self) -> Tree:
+        """All levels, calibrated."""
+        return calibrate(self.built, self.queries)
+
+    @functools.cached_property
+    def flat(self) -> Tree:
+        """The finest level alone, calibrated."""
+        level = self.built.levels[-1]
+        level = dataclasses.replace(level, parents=jnp.zeros_like(level.parents))
+        config = dataclasses.replace(self.config, cluster_fractions=self.config.cluster_fractions[-1:])
+        return calibrate(dataclasses.replace(self.built, levels=(level,), config=config), self.queries)
 
 
 class Choice(NamedTuple):
@@ -56,9 +80,12 @@ class Method:
 
     name: str
     build: Callable[[Fixed], Any]  # -> index, every leaf with leading axes [L K]
-    choose: Callable[..., Choice]  # (index of one head, q [M H], valid bool[M], knob)
-    knob: Callable[[Fixed, float], Any]  # from a setting, see `kind`
+    choose: Callable[..., Choice]  # (index of one head, q [M H], valid bool[M], knob of that head)
+    knob: Callable[[Fixed, Any, float], Any]  # (context, index, setting, see `kind`) -> [L K …]
     kind: str = "keys"  # what a setting is: "keys", the fraction to keep; "sparsity"; or "mass" to attend to
+    config: SqueezeConfig = CONFIG  # of the context
+    question_block: int | None = None  # tokens of a question that share a selection; None = all of them
+    steps: int = 1  # tokens of a reply for which one selection serves
 
 
 # ---- Methods that rank units of keys and keep the first ones
@@ -89,11 +116,15 @@ def mean_softmax(logits, valid):
 
 def in_order(fixed: Fixed, size: int, known=None) -> Units:
     """Units of `size` neighbouring keys; `known`, what the method knows of each."""
-    L, K, S = fixed.keys.shape[:3]
+    S = fixed.cache.keys.shape[2]
     of_key = jnp.arange(S) // size
     sizes = jnp.bincount(of_key, length=-(-S // size))
-    everywhere = lambda x: jnp.broadcast_to(x, (L, K, *x.shape))
-    return Units(everywhere(of_key), everywhere(sizes), known)
+    return Units(everywhere(fixed, of_key), everywhere(fixed, sizes), known)
+
+
+def everywhere(fixed: Fixed, x) -> jax.Array:
+    """The same x for every layer and key/value head: [L K …]."""
+    return jnp.broadcast_to(x, (*fixed.cache.keys.shape[:2], *x.shape))
 
 
 def pad_units(x, size: int, value):
@@ -109,11 +140,12 @@ def ranked(name: str, build, score) -> Method:
         scores, read = score(units, q, valid)
         return Choice(keep_first(units, scores, num_keys), jnp.float32(read))
 
-    return Method(name, build, choose, lambda fixed, share: jnp.int32(round(share * fixed.keys.shape[2])))
+    num_keys = lambda fixed, index, share: everywhere(fixed, jnp.int32(round(share * fixed.cache.keys.shape[2])))
+    return Method(name, build, choose, num_keys)
 
 
 def _exact_build(fixed: Fixed) -> Units:
-    return in_order(fixed, 1, fixed.keys)
+    return in_order(fixed, 1, fixed.cache.keys)
 
 
 def _exact_score(units: Units, q, valid):
@@ -121,24 +153,47 @@ def _exact_score(units: Units, q, valid):
     return mean_softmax(reference.centroid_dots(q, units.known), valid), len(units.known)
 
 
-def _quest_build(fixed: Fixed) -> Units:
-    low = jnp.min(pad_units(fixed.keys, PAGE, jnp.inf), axis=3)
-    high = jnp.max(pad_units(fixed.keys, PAGE, -jnp.inf), axis=3)
-    return in_order(fixed, PAGE, (low, high))
-
-
-def _quest_score(units: Units, q, valid):
+def quest(name: str, bits: int = 16) -> Method:
     """Quest (Tang et al., arXiv 2406.10774, algorithm 1): the most that a key of a page could score, from the page's
-    smallest and largest value in every dimension. Here in every layer; the paper leaves the first two dense."""
-    low, high = units.known  # [U H]
-    bound = jnp.maximum(q, 0) @ high.T + jnp.minimum(q, 0) @ low.T  # Σ max(q·low, q·high)
-    return mean_softmax(bound / jnp.sqrt(jnp.float32(q.shape[1])), valid), 2 * len(low)
+    smallest and largest value in every dimension. Here in every layer; the paper leaves the first two dense.
+    `bits`: of a number of the index, where keys have 16.
+    """
+
+    def build(fixed: Fixed) -> Units:
+        keys = fixed.cache.keys
+        low, high = jnp.min(pad_units(keys, PAGE, jnp.inf), axis=3), jnp.max(pad_units(keys, PAGE, -jnp.inf), axis=3)
+        return in_order(fixed, PAGE, (rounded(low, keys, bits), rounded(high, keys, bits)))
+
+    def score(units: Units, q, valid):
+        low, high = units.known  # [U H]
+        bound = jnp.maximum(q, 0) @ high.T + jnp.minimum(q, 0) @ low.T  # Σ max(q·low, q·high)
+        H = q.shape[1]
+        return mean_softmax(bound / jnp.sqrt(jnp.float32(H)), valid), 2 * len(low) * vector_read(bits, H)
+
+    return ranked(name, build, score)
+
+
+def rounded(x, keys, bits: int):
+    """x [L K U H] as it comes back from so many bits a number, with one scale a vector; 16 = as it is.
+
+    What all keys [L K S H] have in common is left out of the rounding: it moves no score against another.
+    """
+    if bits == 16:
+        return x
+    common = jnp.mean(keys, axis=2, keepdims=True)
+    scale = jnp.max(jnp.abs(x - common), axis=3, keepdims=True) / (2 ** (bits - 1) - 1)
+    return common + jnp.round((x - common) / jnp.maximum(scale, 1e-30)) * scale
+
+
+def vector_read(bits: int, H: int) -> float:
+    """What reading a vector in so many bits a number takes, its scale included, in vectors of 16 bits."""
+    return 1.0 if bits == 16 else bits / 16 + 1 / H
 
 
 def _blocks_build(fixed: Fixed) -> Units:
     units = in_order(fixed, BLOCK)
     return units._replace(
-        known=jnp.sum(pad_units(fixed.keys, BLOCK, 0), axis=3) / units.sizes[..., None].astype(jnp.float32)
+        known=jnp.sum(pad_units(fixed.cache.keys, BLOCK, 0), axis=3) / units.sizes[..., None].astype(jnp.float32)
     )
 
 
@@ -155,21 +210,20 @@ def _clusters_build(fixed: Fixed) -> Units:
 
 def _window_build(fixed: Fixed) -> Units:
     """StreamingLLM (Xiao et al., arXiv 2309.17453): the first tokens, and the most recent."""
-    position = jnp.arange(fixed.keys.shape[2])
-    score = jnp.where(position < SINKS, jnp.inf, position.astype(jnp.float32))
-    return in_order(fixed, 1, jnp.broadcast_to(score, fixed.keys.shape[:3]))
+    position = jnp.arange(fixed.cache.keys.shape[2])
+    return in_order(fixed, 1, everywhere(fixed, jnp.where(position < SINKS, jnp.inf, position.astype(jnp.float32))))
 
 
 def _snapkv_build(fixed: Fixed) -> Units:
     """SnapKV (Li et al., arXiv 2404.14469, listing 1): attention of the prompt's last queries to the keys before them,
     summed over the queries, smoothed over neighbours. Here the prompt is the fixed context, kept for any question;
     heads of a group, which the paper lacks, are averaged."""
-    L, K, S, H = fixed.keys.shape
+    L, K, S, H = fixed.cache.keys.shape
     N, W = fixed.queries.shape[1:3]
     queries = fixed.queries.reshape(L, K, N // K, W, H) / jnp.sqrt(jnp.float32(H))
-    before = jnp.einsum("LKGWH,LKSH->LKGWS", queries, fixed.keys)
+    before = jnp.einsum("LKGWH,LKSH->LKGWS", queries, fixed.cache.keys)
     causal = jnp.tril(jnp.ones((W, W), bool))
-    own = jnp.einsum("LKGWH,LKVH->LKGWV", queries, fixed.window_keys)
+    own = jnp.einsum("LKGWH,LKVH->LKGWV", queries, fixed.cache.window_keys)
     own = jnp.where(causal[None, None, None], own, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1)[..., :S]
     observed = jnp.mean(jnp.sum(weights, axis=3), axis=2)  # [L K S]
@@ -210,10 +264,8 @@ class Squeezed(NamedTuple):
     of_key: jax.Array  # i32[L K S]
 
 
-def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool = False) -> Method:
-    """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate."""
-    tree_of = lambda fixed: fixed.flat if flat else fixed.tree
-
+@functools.cache  # one function for each rule, so that methods which share it share their compiled program
+def _descending(by_mass: bool, tail: bool):
     def choose(index: Squeezed, q, valid, knob):
         estimate = Estimate(knob, tail) if by_mass else Estimate(tail=tail)
         log_T = None if by_mass else knob
@@ -226,9 +278,18 @@ def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool
             read += jnp.sum(living) + (jnp.sum(living & ~keep) if tail else 0)
         return Choice(kept[-1][index.of_key], read.astype(jnp.float32), merge(*rest) if tail else None)
 
-    knob = (lambda fixed, p: jnp.float32(p)) if by_mass else (lambda fixed, p: log_thresholds(tree_of(fixed), p))
+    return choose
+
+
+def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool = False) -> Method:
+    """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate."""
+    tree_of = lambda fixed: fixed.flat if flat else fixed.tree
+
+    def knob(fixed, index, setting):
+        return everywhere(fixed, jnp.float32(setting) if by_mass else log_thresholds(tree_of(fixed), setting))
+
     build = lambda fixed: Squeezed(tree_of(fixed).levels, cluster_of_key(tree_of(fixed)))
-    return Method(name, build, choose, knob, "mass" if by_mass else "sparsity")
+    return Method(name, build, _descending(by_mass, tail), knob, "mass" if by_mass else "sparsity")
 
 
 METHODS = {
@@ -243,7 +304,8 @@ METHODS = {
         squeezed("squeezed_flat_mass_tail", flat=True, by_mass=True, tail=True),
         ranked("clusters_ranked", _clusters_build, _by_centroid),
         ranked("exact", _exact_build, _exact_score),
-        ranked("quest", _quest_build, _quest_score),
+        quest("quest"),
+        quest("quest_4_bits", bits=4),
         ranked("blocks", _blocks_build, _by_centroid),
         ranked("snapkv", _snapkv_build, _as_known),
         ranked("window", _window_build, _as_known),
