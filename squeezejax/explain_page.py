@@ -66,7 +66,6 @@ def render(found: Explanation, about: About) -> str:
         S=S,
         W=len(about.context) - S,
         blocks=list(_blocks(about.context, shown, _classes(codes[0]), S)),
-        num_shown=len(tokens),
         lists={kind: _top(about, parts, totals[KINDS.index(kind)], found, S) for kind in ("attended", "missed")},
         map=_map(found),
         shape=(L, K),
