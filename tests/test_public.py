@@ -362,6 +362,7 @@ BAD = {  # what stands in the file, or is given -> what is said
     "--longbench missing.jsonl": "there is no file missing.jsonl",
     "--longbench-config .": "has no dataset2prompt.json: give the folder LongBench/config",
     "--model nowhere": "no model directory at nowhere",
+    "--max-length 5": "a prompt may have 5, so no context fits",
     "--multiple 0": "--multiple must be at least 1, got 0",
     "--cluster-fractions 2": "cluster_fractions must be fractions",
 }

@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 
 from benchmarks.public import longbench, metrics, prefixqa, ruler, summary
-from benchmarks.public.run import Setup, run
+from benchmarks.public.prompts import measure_room
+from benchmarks.public.run import Setup, group, run
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
 from squeezejax import SqueezeConfig, chat, models
@@ -102,8 +103,10 @@ def main(argv=None) -> None:
         items = read_all(arguments)
         check_settings(settings_file, settings)
         folder = model_directory(arguments.model)
-        read_model_config(folder)
+        positions = read_model_config(folder).max_positions
         tokenizer = chat.load_tokenizer(folder)
+        for members in group(items):
+            measure_room(tokenizer, members, positions=positions, max_length=arguments.max_length)
         params = models.load(folder)
         settings |= {"model": params.config.fingerprint}
         check_settings(settings_file, settings)

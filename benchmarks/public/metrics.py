@@ -91,8 +91,7 @@ _BEST = {  # the answer that fits best counts
     "code_similarity": code_similarity,
     "contains_any": contains,
 }
-WITHOUT_CLASSES = (*_BEST, "contains_all")
-METRICS = (*WITHOUT_CLASSES, "classification")
+METRICS = (*_BEST, "contains_all", "classification")
 _NEEDS = {
     "rouge_l": ("rouge",),
     "rouge_l_chinese": ("rouge", "jieba"),

@@ -8,7 +8,7 @@ One line of a JSONL file is one document:
          {"question": "Who signed it?",
           "answers": ["Ada Moss"],        each of them is right; for contains_all, all are wanted
           "metric": "f1"}],               optional: f1 (default), f1_chinese, rouge_l, rouge_l_chinese, contains_any,
-                                          contains_all, count, retrieval or code_similarity (metrics.py)
+                                          contains_all, count or code_similarity (metrics.py)
      "max_new_tokens": 64}                optional, for all replies
 
 The prompt is the document, an empty line and the question, in the model's chat template where it has one, and else as
@@ -17,10 +17,19 @@ it stands: for a base model, have questions end with something like "\\nAnswer:"
 
 from pathlib import Path
 
-from benchmarks.public.metrics import WITHOUT_CLASSES
 from benchmarks.public.samples import Item, check_fields, not_blank, read_lines, strings
 from squeezejax.chat import JOINT
 
+METRICS = (
+    "f1",
+    "f1_chinese",
+    "rouge_l",
+    "rouge_l_chinese",
+    "contains_any",
+    "contains_all",
+    "count",
+    "code_similarity",
+)
 DEFAULT_METRIC, DEFAULT_LENGTH = "f1", 64
 
 
@@ -40,8 +49,8 @@ def read(path: Path) -> list[Item]:
                 raise ValueError(f'{here} must be an object, {{"question": …, "answers": […]}}')
             check_fields(here, question, {"question": str, "answers": list})
             metric = question.get("metric", DEFAULT_METRIC)
-            if metric not in WITHOUT_CLASSES:
-                raise ValueError(f"{here}: no metric {metric!r}; there are {', '.join(WITHOUT_CLASSES)}")
+            if metric not in METRICS:
+                raise ValueError(f"{here}: no metric {metric!r}; there are {', '.join(METRICS)}")
             items.append(
                 Item(
                     suite="prefixqa",

@@ -30,18 +30,10 @@ def tokenize(tokenizer, items: list[Item], *, positions=None, max_length=None, m
     prompt may have before it goes into the chat template; None is no limit. The fixed part has a multiple of `multiple`
     tokens (if it has so many): fewer different lengths compile fewer programs, and the rest is read with the question.
 
-    Raises ValueError where a question leaves no room for its context, and for a chat template that does not show the
-    user's message as it is.
+    Raises ValueError as `measure_room` does.
     """
-    context = items[0].context
-    asked = max(len(chat.encode(tokenizer, item.question)) for item in items)
-    limits = [] if max_length is None else [max_length]
-    if positions is not None:
-        longest = max(item.max_new_tokens for item in items)
-        limits.append(positions - longest - _frame(tokenizer, items[0]) - SEAM)
-    dropped = 0
-    if limits:
-        context, dropped = _cut_middle(tokenizer, items[0].key, context, asked, min(limits))
+    asked, room = measure_room(tokenizer, items, positions=positions, max_length=max_length)
+    context, dropped = _cut_middle(tokenizer, items[0].context, asked, room)
     parts = [_parts(tokenizer, item, context) for item in items]
     head = _ids(tokenizer, items[0], parts[0][0])
     wholes = [_ids(tokenizer, items[0], whole) for _, whole in parts]
@@ -52,20 +44,38 @@ def tokenize(tokenizer, items: list[Item], *, positions=None, max_length=None, m
     return Prompts(wholes[0][:length], [whole[length:] for whole in wholes], dropped)
 
 
-def _cut_middle(tokenizer, name: str, context: str, asked: int, room: int) -> tuple[str, int]:
+def measure_room(tokenizer, items: list[Item], *, positions=None, max_length=None) -> tuple[int, int | None]:
+    """(tokens of the longest question, the most that a prompt may have before it goes into the chat template or None).
+
+    Raises ValueError where the question leaves no room for its context, and for a chat template that does not show the
+    user's message as it is.
+    """
+    asked = max(len(chat.encode(tokenizer, item.question)) for item in items)
+    limits = [] if max_length is None else [max_length]
+    if positions is not None:
+        longest = max(item.max_new_tokens for item in items)
+        limits.append(positions - longest - _frame(tokenizer, items[0]) - SEAM)
+    room = min(limits, default=None)
+    if room is not None and room <= asked:
+        raise ValueError(
+            f"{items[0].key}: its question has {asked} tokens and a prompt may have {room}, so no context fits; "
+            "leave the file out or take a model for longer texts"
+        )
+    return asked, room
+
+
+def _cut_middle(tokenizer, context: str, asked: int, room: int | None) -> tuple[str, int]:
     """(context, tokens dropped), so that with a question of `asked` tokens a prompt has `room` tokens.
 
     The first half of the prompt's tokens stay and the last half, as in LongBench, but for a question that takes more
     than half: it stays whole.
     """
     ids = chat.encode(tokenizer, context)
-    dropped = len(ids) + asked - room
+    dropped = 0 if room is None else len(ids) + asked - room
     if dropped <= 0:
         return context, 0
     back = max(room // 2 - asked, 0)
     front = room - asked - back
-    if front < 1:
-        raise ValueError(f"{name}: its question has {asked} tokens and a prompt may have {room}, so no context fits")
     halves = (ids[:front], ids[len(ids) - back :])
     # Special tokens that are written out in a prompt stay.
     return "".join(tokenizer.decode(half, clean_up_tokenization_spaces=False) for half in halves), dropped

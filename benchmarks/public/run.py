@@ -17,10 +17,10 @@ from benchmarks.public.prompts import Prompts, tokenize
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
 from squeezejax import chat
-from squeezejax.stream import pad
+from squeezejax.stream import PADDING
 
 DENSE = None  # in place of a sparsity
-MOST_LENGTHS = 16  # of contexts whose programs are kept
+MOST_LENGTHS = 32  # of contexts whose programs are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +131,10 @@ def batches(members: list[Item], indices: list[int], size: int) -> Iterator[list
 
 def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[int], sparsity) -> list[tuple]:
     """(reply, kept fraction while replying, while reading the question) for each question of a batch."""
-    first = members[part[0]]
-    rows = [pad(prompts.questions[at].tolist())[0] for at in part]
-    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
+    first, questions = members[part[0]], [prompts.questions[at] for at in part]
+    multiple = max(PADDING, setup.multiple)  # few shapes are compiled
+    tokens = np.zeros((len(part), -(-max(map(len, questions)) // multiple) * multiple), np.int32)
+    for row, ids in zip(tokens, questions, strict=True):
         row[: len(ids)] = ids
     stop = chat.stop_tokens(setup.tokenizer, setup.params.config)
     if first.stop_at_newline:
@@ -145,7 +145,7 @@ def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[in
         setup.params,
         tree,
         tokens,
-        lengths=np.array([len(prompts.questions[at]) for at in part], np.int32),
+        lengths=np.array([len(ids) for ids in questions], np.int32),
         max_new_tokens=first.max_new_tokens,
         stop_tokens=stop,
         implementation=setup.implementation,

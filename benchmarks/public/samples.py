@@ -28,8 +28,8 @@ class Item:
 
     @functools.cached_property
     def key(self) -> str:
-        """Names the question in records; another text has another key."""
-        digest = hashlib.sha256(f"{self.context}\0{self.question}".encode(errors="replace")).hexdigest()[:12]
+        """Names the question in records; another text, answer or metric has another key."""
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
         return f"{self.suite}/{self.dataset}/{self.id}/{digest}"
 
 
