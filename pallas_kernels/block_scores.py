@@ -37,7 +37,7 @@ from squeezejax.pallas_kernels.mosaic import (
 
 CONSUMERS = 2
 CHUNK = 128  # query rows whose sums are told apart
-FIRST, SECOND = 128, 64  # clusters of a tile in the first and in the second pass
+SECOND = 64  # clusters of a tile in the second pass
 FLOOR = -1e20  # maxima start here, above MASKED
 LOG2E = math.log2(math.e)
 REGISTERS = (40, 232)  # of a producer's and of a consumer's thread
@@ -55,9 +55,10 @@ class Config:
     """Tuning, within some 220 KB of shared memory."""
 
     rows: int  # of a consumer warpgroup in the first pass
-    stages: int  # tiles of centroids in flight, in the first pass
+    clusters: int  # of a tile there
+    stages: int  # tiles in flight there
     chunks: int  # of query rows held in the second pass
-    tiles: int  # in flight there
+    tiles: int  # in flight in that one
 
     def __post_init__(self):
         if self.rows not in (64, 128):
@@ -66,7 +67,10 @@ class Config:
             raise ValueError(f"consumers take turns: tiles must be a multiple of {CONSUMERS}, got {self.tiles}")
 
 
-CONFIGS = {64: Config(128, 4, 4, 6), 96: Config(128, 2, 4, 4), 128: Config(128, 2, 4, 2)}
+CONFIGS = {
+    64: Config(128, 128, 4, 4, 6), 96: Config(128, 128, 2, 4, 4), 128: Config(128, 128, 2, 4, 2),
+    192: Config(64, 64, 3, 2, 2), 256: Config(64, 64, 2, 1, 2),
+}  # fmt: skip
 
 
 def sum_scores(q, valid, read: Read, log_T, *, config: Config | None = None):
@@ -90,10 +94,10 @@ def _row_statistics(q, read: Read, config: Config):
     held = CONSUMERS * height  # query rows of a unit
     units = -(-M // held)
     q = jnp.pad(q, ((0, 0), (0, units * held - M), (0, 0)))
-    walk = Walk(read, FIRST, config.stages, with_weights=True)
+    walk = Walk(read, config.clusters, config.stages, with_weights=True)
     parts = walk.parts(U * units)
     scale = LOG2E / math.sqrt(H)
-    shape = (height, FIRST)
+    shape = (height, config.clusters)
 
     def body(q_gm, *refs, q_sm, q_full, ring_full, ring_free, **rings):
         *refs, top_gm, total_gm = refs

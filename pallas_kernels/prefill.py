@@ -16,7 +16,7 @@ from squeezejax.pallas_kernels.select_blocks import select_blocks, table
 
 LISTED_ROWS = 1 << 26  # rows that lists are made for at once; each costs some bytes
 MOST_SUMS = 1 << 26  # of 128 query rows' scores of one cluster, at once
-MOST_CHUNKS = 1 << 15  # of 128 query rows, at once: a launch's grid has at most 65,535 of them
+MOST_CHUNKS = 1 << 14  # of 128 query rows, at once: a launch's grid has at most 65,535 parts of them
 
 
 class Attended(NamedTuple):

@@ -13,9 +13,11 @@ from squeezejax.pallas_kernels import block_scores
 from squeezejax.pallas_kernels.centroid_tiles import Read, split
 from squeezejax.pallas_kernels.mosaic import GRANULE
 
+WHOLE = 128  # clusters: a whole number of tiles of every pass
+
 
 class Table(NamedTuple):
-    """One layer of a level, its clusters padded with some of no key to C', a multiple of 128."""
+    """One layer of a level, its clusters padded with some of no key to C', a multiple of `WHOLE`."""
 
     high: jax.Array  # [K C' H], `split` of the centroids
     low: jax.Array
@@ -25,7 +27,7 @@ class Table(NamedTuple):
 
 def table(level, layer, dtype) -> Table:
     """The fields of a tree's `Level` as one layer's scoring reads them; layer i32[], may be traced."""
-    padding = ((0, 0), (0, -level.counts.shape[2] % block_scores.FIRST))
+    padding = ((0, 0), (0, -level.counts.shape[2] % WHOLE))
     take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
     parts = split(take(level.centroids), dtype)
     return Table(

@@ -8,7 +8,8 @@ CTA, on the device (shares.py): no unit is waited for, and one block of one user
 leaves its partial result for unit u in slot c + u; a second kernel merges each unit's slots.
 
 In a CTA a producer warpgroup fetches K and V, one TMA box an item, through a ring of stages, and writes what the
-masks mean as a bias for each key. Two consumer warpgroups hold 64 rows each: S = q Kᵀ, softmax, O += P V.
+masks mean as a bias for each key. Two consumer warpgroups hold 64 rows each: S = q Kᵀ, softmax, O += P V. Outputs of
+heads over 128 do not fit in registers so: there both hold the same 64 rows, a unit being no more, and half of O each.
 """
 
 import dataclasses
@@ -38,10 +39,8 @@ from squeezejax.pallas_kernels.shares import Shares, offsets_of
 
 CONSUMERS = 2
 HEIGHT = 64  # query rows of a consumer warpgroup
-UNIT = CONSUMERS * HEIGHT
 LOG2E = math.log2(math.e)
 FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
-HEAD_DIMS = (64, 96, 128)  # larger outputs spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Config:
 
     keys: int  # of a tile
     stages: int  # tiles of K and of V in flight
+    split: bool = False  # both consumers take the same rows, and half of a head's entries each
     in_registers: bool = False  # probabilities go from registers into the product; the interpreter cannot
     registers: tuple[int, int] = (104, 200)  # of a producer's and of a consumer's thread; 512 with two of these
 
@@ -57,8 +57,17 @@ class Config:
         if self.keys not in (64, 128):
             raise ValueError(f"keys must be 64 or 128, got {self.keys}")
 
+    @property
+    def unit(self) -> int:
+        """Query rows of a unit of work."""
+        return HEIGHT if self.split else CONSUMERS * HEIGHT
 
-CONFIGS = {64: Config(128, 4), 96: Config(128, 2), 128: Config(128, 2)}
+
+CONFIGS = {
+    64: Config(128, 4), 96: Config(128, 2), 128: Config(128, 2),
+    192: Config(64, 3, split=True), 256: Config(64, 2, split=True),
+}  # fmt: skip
+HEAD_DIMS = tuple(CONFIGS)
 
 
 def check(q_dtype, cache_dtype, head_dim: int, num_rows: int):
@@ -82,8 +91,8 @@ def attend_items(q, keys, values, items, num_items, layer, *, config: Config | N
     L, K, R, _ = keys.shape
     check(q.dtype, keys.dtype, H, R)
     config = config or CONFIGS[H]
-    units = -(-M // UNIT)  # of a lane
-    q = jnp.pad(q, ((0, 0), (0, units * UNIT - M), (0, 0))).reshape(U * units, UNIT, H)
+    units = -(-M // config.unit)  # of a lane
+    q = jnp.pad(q, ((0, 0), (0, units * config.unit - M), (0, 0))).reshape(U * units, config.unit, H)
     per_tile = config.keys // GRANULE
     offsets = offsets_of(jnp.repeat((num_items + (per_tile - 1)) // per_tile, units))
     planes = lambda cache: cache.reshape(L * K, R, H)
@@ -95,13 +104,14 @@ def attend_items(q, keys, values, items, num_items, layer, *, config: Config | N
 
 
 def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads: int, config: Config):
-    """Every CTA's share: q [units 128 H], keys, values [L·K R H] -> out f32[slots 128 H], (max, sum) f32[slots 2 128].
+    """Every CTA's share: q [units M H], keys, values [L·K R H] -> out f32[slots M H], (max, sum) f32[slots 2 M].
 
     `out` is not divided by the sum yet. Maxima are in units of log2.
     """
     num_units, _, H = q.shape
     per_lane = num_units // items.shape[0]
     per_tile, stages = config.keys // GRANULE, config.stages
+    parts = CONSUMERS if config.split else 1  # of a head's entries
     scale = LOG2E / math.sqrt(H)
     num_ctas = count_ctas(1)
     width = 128  # of a bias in shared memory: what a warpgroup writes at once
@@ -123,12 +133,14 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 found = [items_gm[lane, jnp.minimum(i, count - 1)] for i in at]
                 return tuple(jnp.where(i < count, item, item & ~255) for i, item in zip(at, found, strict=True))
 
-            def fetch(cache_gm, ring, ring_full, slot, current):
-                for i, item in enumerate(current):
-                    here = pl.ds(lax.shift_right_logical(item, 8) * GRANULE, GRANULE)
-                    plgpu.copy_gmem_to_smem(
-                        cache_gm.at[plane, here], ring.at[slot, pl.ds(i * GRANULE, GRANULE)], ring_full.at[slot]
-                    )
+            def fetch(cache_gm, ring, arrived, current):
+                """Into a ring's stage [parts keys H/parts]."""
+                parts, _, size = ring.shape
+                for part in range(parts):
+                    for i, item in enumerate(current):
+                        here = pl.ds(lax.shift_right_logical(item, 8) * GRANULE, GRANULE)
+                        source = cache_gm.at[plane, here, pl.ds(part * size, size)]
+                        plgpu.copy_gmem_to_smem(source, ring.at[part, pl.ds(i * GRANULE, GRANULE)], arrived)
 
             def step(tile, state):
                 tiles, current = state
@@ -139,7 +151,7 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 def _():
                     plgpu.barrier_wait(k_free.at[slot])
 
-                fetch(k_gm, k_sm, k_full, slot, current)
+                fetch(k_gm, k_sm.at[slot], k_full.at[slot], current)
                 item = jnp.where(key >= 0, current[0], 0)
                 for i in range(1, per_tile):
                     item = jnp.where(key >= i * GRANULE, current[i], item)
@@ -151,7 +163,7 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 def _():
                     plgpu.barrier_wait(v_free.at[slot])
 
-                fetch(v_gm, v_sm, v_full, slot, current)
+                fetch(v_gm, v_sm.at[slot], v_full.at[slot], current)
                 return tiles + 1, following
 
             return lax.fori_loop(first, end, step, (tiles, tile_items(first)))[0]
@@ -169,7 +181,8 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
             lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
 
         def consume(unit, first, end, tiles):
-            mine = pl.ds(warpgroup * HEIGHT, HEIGHT)
+            mine = pl.ds(0 if config.split else warpgroup * HEIGHT, HEIGHT)
+            part = warpgroup if config.split else 0
             plgpu.commit_smem()  # a barrier: all warps are done with the queries of the unit before
             plgpu.copy_gmem_to_smem(q_gm.at[unit, mine], q_sm.at[warpgroup], q_full.at[warpgroup])
             plgpu.barrier_wait(q_full.at[warpgroup])
@@ -180,7 +193,7 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 plgpu.barrier_wait(k_full.at[slot])
 
                 def score(acc):
-                    plgpu.wgmma(acc, q_sm.at[warpgroup], k_sm.at[slot].T)
+                    plgpu.wgmma(acc, q_sm.at[warpgroup], k_sm.at[slot, 0].T)
                     return acc[...]
 
                 scores = pl.run_scoped(score, plgpu.ACC((HEIGHT, config.keys), jnp.float32))
@@ -198,17 +211,18 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 plgpu.barrier_wait(v_full.at[slot])
 
                 def weigh(acc):
-                    plgpu.wgmma(acc, weights if config.in_registers else p_sm.at[warpgroup], v_sm.at[slot])
+                    plgpu.wgmma(acc, weights if config.in_registers else p_sm.at[warpgroup], v_sm.at[slot, part])
                     return acc[...]
 
-                out = out * rows(keep, out.shape) + pl.run_scoped(weigh, plgpu.ACC((HEIGHT, H), jnp.float32))
+                out = out * rows(keep, out.shape) + pl.run_scoped(weigh, plgpu.ACC(out.shape, jnp.float32))
                 plgpu.barrier_arrive(v_free.at[slot])
                 return tiles + 1, new_top, total, out
 
-            nothing = (full((HEIGHT,), FLOOR, DOWN), full((HEIGHT,), 0.0, DOWN), full((HEIGHT, H), 0.0, MATRIX))
+            shape = (HEIGHT, H // parts)
+            nothing = (full((HEIGHT,), FLOOR, DOWN), full((HEIGHT,), 0.0, DOWN), full(shape, 0.0, MATRIX))
             tiles, top, total, out = lax.fori_loop(first, end, step, (tiles, *nothing))
             slot = cta + unit
-            out_gm[slot, mine] = out
+            out_gm[slot, mine, pl.ds(part * shape[1], shape[1])] = out
             stats_gm[slot, 0, mine] = top
             stats_gm[slot, 1, mine] = total
             return tiles
@@ -218,17 +232,19 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
             plgpu.set_max_registers(config.registers[1], action="increase")
             shares.visit(cta, consume)
 
-    ring = plgpu.SMEM((stages, config.keys, H), keys.dtype, transforms=swizzled(H))
+    ring = lambda parts: plgpu.SMEM(
+        (stages, parts, config.keys, H // parts), keys.dtype, transforms=swizzled(H // parts)
+    )
     per_stage = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
     scratch = {
         "q_sm": plgpu.SMEM((CONSUMERS, HEIGHT, H), q.dtype, transforms=swizzled(H)),
-        "k_sm": ring,
-        "v_sm": ring,
+        "k_sm": ring(1),
+        "v_sm": ring(parts),
         "bias_sm": plgpu.SMEM((stages, width), jnp.float32),
-        "p_sm": plgpu.SMEM((CONSUMERS, HEIGHT, config.keys), q.dtype, transforms=swizzled(H)),
+        "p_sm": plgpu.SMEM((CONSUMERS, HEIGHT, config.keys), q.dtype, transforms=swizzled(H // parts)),
         "q_full": plgpu.Barrier(num_barriers=CONSUMERS),
         "k_full": per_stage(per_tile + 1),  # its items, and the bias
-        "v_full": per_stage(per_tile),
+        "v_full": per_stage(per_tile * parts),
         "k_free": per_stage(CONSUMERS),
         "v_free": per_stage(CONSUMERS),
     }
@@ -236,8 +252,8 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((slots, UNIT, H), jnp.float32),
-            jax.ShapeDtypeStruct((slots, 2, UNIT), jnp.float32),
+            jax.ShapeDtypeStruct((slots, config.unit, H), jnp.float32),
+            jax.ShapeDtypeStruct((slots, 2, config.unit), jnp.float32),
         ],
         scratch_types=scratch,
         grid=(num_ctas,),
@@ -251,8 +267,8 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
 
 
 def _merge_shares(outs, stats, offsets):
-    """Each unit's slots into one result: (out f32[units 128 H], lse f32[units 128])."""
-    _, _, H = outs.shape
+    """Each unit's slots into one result: (out f32[units M H], lse f32[units M])."""
+    _, M, H = outs.shape
     units = offsets.shape[0] - 1
     num_ctas = outs.shape[0] - units
     shape = (HEIGHT, H)
@@ -260,8 +276,8 @@ def _merge_shares(outs, stats, offsets):
     result = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def body(outs_gm, stats_gm, off_gm, out_gm, lse_gm):
-        unit, half = lax.axis_index("unit"), lax.axis_index("half")
-        mine = pl.ds(half * HEIGHT, HEIGHT)
+        unit, part = lax.axis_index("unit"), lax.axis_index("part")
+        mine = pl.ds(part * HEIGHT, HEIGHT)
         first, end = Shares(off_gm, units, num_ctas).owners(unit)
 
         def step(cta, state):
@@ -283,9 +299,9 @@ def _merge_shares(outs, stats, offsets):
 
     return plgpu.kernel(
         body,
-        out_type=[result(units, UNIT, H), result(units, UNIT)],
-        grid=(units, CONSUMERS),
-        grid_names=("unit", "half"),
+        out_type=[result(units, M, H), result(units, M)],
+        grid=(units, M // HEIGHT),
+        grid_names=("unit", "part"),
         compiler_params=compiler_params(),
         kernel_name="sparse_prefill_merge",
     )(outs, stats, offsets)

@@ -59,7 +59,7 @@ def head_sizes():
     for H in sparse_prefill.HEAD_DIMS:
         check_attention([19, 0], H=H, L=2, dtype="float16" if H == 64 else "bfloat16")
     with pytest.raises(NotImplementedError, match="head sizes"):
-        prefill.check(jnp.zeros((1, 2, 4, 256), jnp.bfloat16), jnp.zeros((1, 2, 8, 256), jnp.bfloat16))
+        prefill.check(jnp.zeros((1, 2, 4, 80), jnp.bfloat16), jnp.zeros((1, 2, 8, 80), jnp.bfloat16))
     with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
         prefill.check(jnp.zeros((1, 2, 4, 64)), jnp.zeros((1, 2, 8, 64)))
 
