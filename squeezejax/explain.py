@@ -6,7 +6,6 @@ received is exact too, and costs reading them: an explanation is dense, and as s
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -52,7 +51,7 @@ def explain(params, tree: Tree, question, answer, *, sparsity=None, implementati
 
     `sparsity` and `implementation` must be those with which the answer was generated: they decide which keys were kept,
     the latter only where None lets short contexts be read densely. The passes run as plain XLA, one token at a time as
-    in `decode`. Memory on the host: 12 bytes for every layer, key/value head and context token.
+    in `decode`. Memory on the host: 12 (L·K + P) bytes a context token.
 
     Raises ValueError for a tree of another model, token ids out of range and no tokens, NotImplementedError for a tree
     that lies on several devices.
@@ -170,12 +169,11 @@ def _look(tree: Tree, q, lse, layer, count, log_T) -> _Reading:
     window = _scores(last, tree.window_keys[layer])
     skipped = jnp.where(kept[:, None], MASKED, scores)
     whole = jnp.logaddexp(paid, jax.nn.logsumexp(skipped, axis=2, keepdims=True))
-    over_group = functools.partial(jnp.mean, axis=1)
     attended = jnp.exp(jnp.where(kept[:, None], scores, MASKED) - paid)
     return _Reading(
         kept=kept,
-        attended=over_group(jnp.concatenate([attended, jnp.exp(window - paid)], axis=2)),
-        missed=over_group(jnp.exp(skipped - whole)),
+        attended=jnp.mean(jnp.concatenate([attended, jnp.exp(window - paid)], axis=2), axis=1),
+        missed=jnp.mean(jnp.exp(skipped - whole), axis=1),
     )
 
 
