@@ -115,3 +115,6 @@ def test_one_command_from_model_to_tables_and_again(tmp_path, monkeypatch, capsy
     assert "single 0: 1 runs" in capsys.readouterr().out
     again = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines() if line.endswith("}")]
     assert again == records
+    (tmp_path / "model.txt").write_text("another")
+    with pytest.raises(ValueError, match="records of other weights"):
+        quality.main()

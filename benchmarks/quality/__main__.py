@@ -14,6 +14,7 @@ extra, is installed) of all that is on record.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -125,6 +126,18 @@ def setting_for(record: dict, known: dict) -> float:
     return float(np.interp(np.log(budget), x[order], np.array(y)[order]))
 
 
+def check_model(folder: Path, model: Path) -> None:
+    """Makes the folder, or raises ValueError if what it holds is of another model's weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    note = folder / "model.txt"
+    if note.exists() and note.read_text() != digest.hexdigest():
+        raise ValueError(f"{folder} holds records of other weights than those in {model}: choose another --out")
+    note.write_text(digest.hexdigest())
+
+
 def index_share(method: Method, fixed, index) -> float:
     """Bytes of the index that a ranking method reads for one selection, as a fraction of all keys and values."""
     head = jax.tree.map(lambda leaf: leaf[0, 0], index)
@@ -150,7 +163,7 @@ def main() -> None:
     parser.add_argument("--ablation-budgets", type=float, nargs="+", default=ABLATION_BUDGETS)
     parser.add_argument("--contexts", type=int, default=8, help="of each task and length")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    check_model(arguments.out, arguments.model)
     bench = Bench(models.load(arguments.model), Encoder(arguments.model), arguments.out)
     plan = [(METHODS[name], budget) for name in arguments.methods for budget in arguments.budgets]
     varied = [method for name in arguments.ablations for method in ABLATIONS[name]]
