@@ -52,8 +52,7 @@ class Shares:
     def owners(self, lane):
         """[first, end) of the CTAs that work on a lane."""
         first, stop = self.offsets[lane], self.offsets[lane + 1]
-        owner = lambda tile: _last(self.num_ctas, lambda cta: self.start(cta) <= tile)
-        return owner(first), jnp.where(stop > first, owner(stop - 1) + 1, owner(first))
+        return self._owner(first), jnp.where(stop > first, self._owner(stop - 1) + 1, self._owner(first))
 
     def visit(self, cta, work, carry=0):
         """work(lane, first, end, carry) -> carry for every lane of a CTA's share, with the tiles of it to work on.
@@ -71,6 +70,13 @@ class Shares:
             return lane + 1, jnp.maximum(position, end), carry
 
         return lax.while_loop(lambda state: state[1] < stop, step, (self._lane_at(start), start, carry))[2]
+
+    def _owner(self, tile):
+        """The CTA that works on a tile, counted through all lanes."""
+        # tile · workers / total or one more; a float32 of it is less than 1 off.
+        share = self.workers.astype(jnp.float32) / jnp.maximum(self.total, 1).astype(jnp.float32)
+        near = (tile.astype(jnp.float32) * share).astype(jnp.int32)
+        return near - 1 + sum((self.start(near + i) <= tile).astype(jnp.int32) for i in range(3))
 
     def _lane_at(self, tile):
         """The last lane that starts at or before a tile: the one that it lies in."""

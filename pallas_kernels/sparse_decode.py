@@ -44,6 +44,7 @@ LOG2E = math.log2(math.e)
 FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
 HEAD_DIMS = (64, 96, 128, 192, 256)
 MAX_GROUP = 16
+SHARED_MEMORY = 227 * 1024  # that a CTA can have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Config:
             raise ValueError(f"stages and num_ctas must be positive, got {self}")
 
 
-def default_config(head_dim: int, group: int) -> Config:
-    """Two CTAs a multiprocessor, each with some 96 KB in flight, where registers allow; else one with 192 KB."""
+def default_config(head_dim: int, group: int, listing: int = 0) -> Config:
+    """A CTA a multiprocessor, as registers allow, with as much in flight as `listing` bytes leave room for."""
     if interpreting():  # whose time grows with the number of CTAs
         return Config(stages=2, num_ctas=3)
-    if group <= 8 and head_dim <= 128:
-        return Config(stages={64: 6, 96: 3, 128: 3}[head_dim], num_ctas=2 * MULTIPROCESSORS)
-    return Config(stages={64: 8, 96: 6, 128: 6, 192: 4, 256: 3}[head_dim], num_ctas=MULTIPROCESSORS)
+    M, width = -(-group // 8) * 8, -(-head_dim // TILE) * TILE
+    stage = 2 * TILE * (head_dim + width)
+    fixed = 2 * M * (head_dim + TILE) + 4 * M * (width + 2) + 4096  # queries, weights, results; barriers, alignment
+    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=MULTIPROCESSORS)
 
 
 def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, *, config: Config | None = None):
@@ -78,8 +80,9 @@ def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, 
     sources = (*in_order, *([] if listed is None else [listed]))
     for source in sources:
         check(q.dtype, source.keys.dtype, G, H)
-    config = config or default_config(H, G)
     lanes, M = B * K, -(-G // 8) * 8
+    listing = 0 if listed is None else 4 * listed.kept.tile_items.size // TILE + 2048
+    config = config or default_config(H, G, listing)
     # TMA fetches 8 queries from a multiple of 8 on: those of a lane among others', whose results nobody looks at.
     pitch = G if lanes * G % 8 == 0 and (8 % G == 0 or G % 8 == 0) else M
     q = jnp.pad(q.reshape(lanes, G, H), ((0, 0), (0, pitch - G), (0, 0))).reshape(lanes * pitch, H)
