@@ -25,8 +25,8 @@ from squeezejax.models.embedded.train import Phase, begin, finish, initial_weigh
 TEXT_WEIGHT, REPLY_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 10.0
 SHARES = {  # of the sequences
     "single": 1,
-    "multi_key": 2,
-    "multi_value": 4,
+    "multi_key": 3,
+    "multi_value": 5,
     "multi_query": 1,
     "variables": 2,
     "common_words": 2,
@@ -52,6 +52,10 @@ PHASES = (
     Phase(Shape(1024, 4, 8), 1800, 1e-3, 8e-4, enough=0.99),
     Phase(Shape(4608, 1, 16), 300, 8e-4, 4e-4),
     Phase(Shape(8704, 1, 16), 50, 4e-4, 2e-5),
+    # The longest texts cost some of what was learnt at 4K, several values of a name most of all.
+    Phase(Shape(4608, 1, 16), 90, 3.5e-4, 1.5e-4),
+    Phase(Shape(8704, 1, 16), 12, 1.5e-4, 1.5e-4),
+    Phase(Shape(4608, 1, 16), 70, 1.5e-4, 1e-5),
 )
 
 
