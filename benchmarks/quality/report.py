@@ -15,6 +15,7 @@ MATCHES = ("bytes", "keys")
 SHOWN = {  # methods in figures: label, color, line
     "exact": ("the best keys, at equal keys (oracle)", "black", ":"),
     "squeezed_fine_two": ("squeezed, 5 % → 20 % centroids in 4 bits", "tab:red", "-"),
+    "squeezed_fine_two_tail": ("the same, the rest estimated by mean values", "tab:purple", "-"),
     "squeezed_flat": ("squeezed, 5 % centroids", "tab:orange", "-"),
     "squeezed": ("squeezed, 1 % → 5 % centroids", "gold", "-"),
     "quest": ("Quest", "tab:blue", "--"),

@@ -16,10 +16,12 @@ def _tree(*fractions: float, window: int = CONFIG.observation_window) -> Squeeze
 
 # Four times as many centroids as usual, in a quarter of the bits: they take as many bytes (NOTES.md, Quality).
 FINE = rule("squeezed_fine", bits=4, config=_tree(0.2))
-FINE_TWO = rule("squeezed_fine_two", bits=4, levels=2, config=_tree(0.05, 0.2), calibration=Calibration(margin=8))
+_FINE_LEVELS = {"bits": 4, "levels": 2, "config": _tree(0.05, 0.2), "calibration": Calibration(margin=8)}
+FINE_TWO = rule("squeezed_fine_two", **_FINE_LEVELS)
+FINE_TWO_TAIL = rule("squeezed_fine_two_tail", tail=True, **_FINE_LEVELS)
 FINE_TAIL = rule("squeezed_fine_tail", bits=4, tail=True, config=_tree(0.2))
 
-METHODS = methods.METHODS | {method.name: method for method in (FINE, FINE_TWO, FINE_TAIL)}
+METHODS = methods.METHODS | {method.name: method for method in (FINE, FINE_TWO, FINE_TAIL, FINE_TWO_TAIL)}
 
 ABLATIONS = {  # the first is what the others are compared to
     "thresholds": (
@@ -41,6 +43,7 @@ ABLATIONS = {  # the first is what the others are compared to
         FINE,
         FINE_TWO,
         FINE_TAIL,
+        FINE_TWO_TAIL,
     ),
     "steps": (FLAT, *(rule(f"a selection for {n} tokens", steps=n) for n in (2, 3))),
     "sinks": (FLAT, rule("sinks always kept", sinks=True)),
