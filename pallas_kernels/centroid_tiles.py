@@ -17,12 +17,12 @@ from squeezejax.pallas_kernels.mosaic import GRANULE, count_ctas, swizzled
 
 
 class Read(NamedTuple):
-    """The clusters that lanes read, C' a multiple of 8; what is listed is a whole granule of 8 clusters."""
+    """The clusters that lanes read: all of C' = P in order, or listed granules of 8. P is a multiple of 128."""
 
     high: jax.Array  # [K C' H], of the dtype of queries
     low: jax.Array  # the same: centroids less `high`
-    weights: jax.Array  # f32[U P], keys of the cluster at each position; 0: takes no part. P is a multiple of 128
-    granules: jax.Array | None = None  # i32[U P/8]; None: all clusters in order, C' = P
+    weights: jax.Array  # f32[U P], keys of the cluster at each position; 0: takes no part
+    granules: jax.Array | None = None  # i32[U P/8], all of them valid; None: in order
     num_granules: jax.Array | None = None  # i32[U], those that count
 
 

@@ -43,7 +43,7 @@ def select(q, valid, levels, layer, log_T):
 
     def score(q, valid):
         tables = [table(level, layer, q.dtype) for level in levels]
-        sums = K * _chunks(M) * max(table.counts.shape[1] for table in tables)  # of one block
+        sums = K * _chunks(M) * max(here.counts.shape[1] for here in tables)  # of one block
         keep = lambda q, valid: select_blocks(q, valid, tables, log_T)[:, :, :C]
         return _in_groups(keep, min(MOST_SUMS // sums, MOST_CHUNKS // (K * _chunks(M))), q, valid)
 

@@ -81,9 +81,11 @@ def _score_alive(q, valid, here: Table, alive, log_T):
     lane, number = jnp.arange(lanes)[:, None], jnp.arange(C // GRANULE, dtype=jnp.int32)[None, :]
     granules = jnp.zeros((lanes, C // GRANULE), jnp.int32)
     granules = granules.at[lane, jnp.where(listed, position, C // GRANULE)].set(number, mode="drop")
+    in_list = number < num_granules[:, None]
+    granules = jnp.where(in_list, granules, granules[:, :1])  # the last tile is filled with what is read anyway
 
     weights = by_granule(jnp.where(alive, here.counts[None], 0).astype(jnp.float32))[lane, granules]
-    weights = jnp.where((number < num_granules[:, None])[:, :, None], weights, 0.0).reshape(lanes, C)
+    weights = jnp.where(in_list[:, :, None], weights, 0.0).reshape(lanes, C)
     read = Read(here.high, here.low, weights, granules, num_granules)
     valid = jnp.broadcast_to(valid[:, None], (n, K, M)).reshape(lanes, M)
     sums = jnp.sum(block_scores.sum_scores(q.reshape(lanes, M, H), valid, read, log_T), axis=1)
