@@ -46,7 +46,8 @@ class Phase:
         return self.final_rate + (self.rate - self.final_rate) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-# The committed weights: 2,235 steps, under an hour on two busy cores. Some 600 of them went to 256 and 1,024 tokens
+# What the committed weights began with: 2,235 steps, under an hour on two busy cores (then they went on with
+# benchmarks/quality/train.py). Some 600 of them went to 256 and 1,024 tokens
 # without crowded names; then every name with a second word of its own was found, and less than half of the others:
 # that word was all that the model matched. Crowded names in short texts taught it the first word too in 450 steps.
 PHASES = (
