@@ -46,9 +46,9 @@ class Shape:
     questions: int  # of a sequence
 
 
-# The committed weights: 7,650 steps, under three hours on two busy cores, from those of models/embedded/train.py. Not in
-# one run of this table: 1,920 steps of 384 tokens with equal shares came before it, and the shares changed on the way
-# (`variables` had four until its sentences were made simpler, `multi_value` has five since the last three phases).
+# The committed weights: 7,650 steps, under three hours on two busy cores, from those of models/embedded/train.py.
+# Not in one run of this table: 1,920 steps of 384 tokens with equal shares came before it, and the shares changed on
+# the way (`variables` had four until its sentences were made simpler, `multi_value` five since the last three phases).
 PHASES = (
     Phase(Shape(256, 13, 2), 2000, 1e-3, 1e-3, enough=0.97),
     Phase(Shape(384, 9, 3), 1000, 1e-3, 1e-3, enough=0.97),
