@@ -29,7 +29,9 @@ def device_tree(
     sizes = config.num_clusters(S)
     levels, members_below, below = [], None, S
     for depth, C in reversed(list(enumerate(sizes))):
-        members = _uneven(rng, K, C, below)  # [K C], of the level below or of rows
+        whole = depth == len(sizes) - 1 and S % GRANULE == 0 and S >= 2 * GRANULE * C  # as the builder makes them
+        unit = GRANULE if whole else 1
+        members = unit * _uneven(rng, K, C, below // unit)  # [K C], of the level below or of rows
         starts = np.cumsum(members, axis=1) - members
         if members_below is None:
             counts, rows, children = members, starts, ()

@@ -14,6 +14,7 @@ from squeezejax.pallas_kernels.centroid_scores import Scores
 from squeezejax.pallas_kernels.mosaic import (
     ALONG,
     DOWN,
+    GRANULE,
     MASKED,
     MATRIX,
     TILE,
@@ -28,6 +29,7 @@ from squeezejax.pallas_kernels.shares import Even, Shares
 from squeezejax.pallas_kernels.step import Step
 from squeezejax.pallas_kernels.work_list import (
     AT_ONCE,
+    PER_TILE,
     Kept,
     Lists,
     Runs,
@@ -102,10 +104,18 @@ def keep_clusters(
                 items_gm, num_items_gm, _ = listed
                 return listed_granules(lambda at: items_gm[lane, at], num_items_gm[lane], tile)[0]
 
+            def numbers_of(ref, tile):
+                collect = lambda: gather(ref, [base + granule for granule in granules_of(tile)])
+                if listed or ref.shape[0] < TILE:
+                    return collect()
+                # In order they lie side by side; only the array's last tile may reach past its end.
+                begin, last = (base + tile * PER_TILE) * GRANULE, ref.shape[0] - TILE
+                beside = load(ref.at[pl.ds(jnp.minimum(begin, last), TILE)], DOWN)
+                return lax.fori_loop(0, jnp.where(begin > last, 1, 0), lambda *_: collect(), beside)
+
             def mark(tile, _):
                 here = pl.ds(tile * TILE, TILE)
-                granules = [base + granule for granule in granules_of(tile)]
-                start, length = (gather(ref, granules) for ref in (starts_gm, lengths_gm))
+                start, length = (numbers_of(ref, tile) for ref in (starts_gm, lengths_gm))
                 dots = load(dots_gm.at[lane, here], MATRIX)
                 alive = plgpu.layout_cast(jnp.max(dots, axis=1), DOWN) > MASKED / 2
                 log_scores = (dots - columns(top, shape)) - columns(log_total, shape)
@@ -115,7 +125,12 @@ def keep_clusters(
                 mean = plgpu.layout_cast(jnp.sum(shares, axis=1), DOWN) / group
                 kept = jnp.logical_and(best + jnp.log(mean) > threshold, alive)
                 runs = Runs(start + before_below, jnp.where(kept, length, 0))
-                counts, _ = count_items(runs, turn(runs, turn_sm), result=DOWN)
+                # Runs that all begin with a granule share none, as in trees of whole granules: comparing them all would
+                # be half of the work here.
+                counts = lax.shift_right_logical(runs.length + (GRANULE - 1), 3)
+                inside = jnp.sum(jnp.where(runs.length > 0, runs.start & (GRANULE - 1), 0))
+                compare = lambda _, counts: count_items(runs, turn(runs, turn_sm), result=DOWN)[0]
+                counts = lax.fori_loop(0, jnp.minimum(inside, 1), compare, counts)
                 run_starts_gm[lane, here] = runs.start
                 run_stops_gm[lane, here] = runs.start + runs.length
                 counts_gm[lane, here] = counts

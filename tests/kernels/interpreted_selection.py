@@ -32,11 +32,12 @@ def random_runs(rng, shape, C: int, total: int, dead: float):
     return np.diff(ends, axis=-1, prepend=0)
 
 
-def random_levels(rng, L, K, H, sizes, S, dead=0.1) -> list[RandomLevel]:
-    """A hierarchy over S keys, sizes = clusters of each level, coarse → fine."""
+def random_levels(rng, L, K, H, sizes, S, dead=0.1, unit=1) -> list[RandomLevel]:
+    """A hierarchy over S keys, sizes = clusters of each level, coarse → fine; the finest end at multiples of unit."""
     levels, below = [], S
     for C in reversed(sizes):
-        members = random_runs(rng, (L, K), C, below, dead)
+        rows = 1 if levels else unit
+        members = rows * random_runs(rng, (L, K), C, below // rows, dead)
         starts = np.cumsum(members, axis=-1, dtype=np.int32) - members
         centroids = rng.standard_normal((L, K, C, H)).astype(np.float32)
         if levels:
@@ -87,11 +88,11 @@ def rows_kept(found, lane: int) -> np.ndarray:
     return reference_decode.rows_of(kept, lane)
 
 
-def check(sizes, B=1, K=2, G=4, H=64, L=2, S=800, fraction=0.4, dead=0.1, seed=0):
+def check(sizes, B=1, K=2, G=4, H=64, L=2, S=800, fraction=0.4, dead=0.1, seed=0, unit=1):
     """Exactly the rows of the reference are listed, and of lower levels nothing is read but children of survivors."""
     rng = np.random.default_rng(seed)
     R = -(-S // 8) * 8
-    levels, layer = random_levels(rng, L, K, H, sizes, S, dead), L - 1
+    levels, layer = random_levels(rng, L, K, H, sizes, S, dead, unit), L - 1
     q = np.asarray(jnp.asarray(2 * rng.standard_normal((B, K, G, H)), jnp.bfloat16))
     log_T = thresholds(q.astype(np.float64), levels, layer, fraction)
     active = np.arange(B) != 1  # a second user who takes no part
@@ -131,6 +132,7 @@ def flat():
     check((70,), B=3, K=1, G=9, L=1)
     check((40,), G=1, H=256)  # fewer clusters than a tile
     check((64,), K=1, G=16, H=96, S=120)  # many clusters to a granule
+    check((70,), K=1, L=1, unit=8)  # whole granules
     check((65,), K=1, S=4000, fraction=1.0)  # nearly everything kept, long runs
     check((3,), K=1, L=1, S=40, dead=0.0)  # fewer clusters than a granule
 
