@@ -13,7 +13,7 @@ import numpy as np
 RESAMPLED = 2000
 MATCHES = ("bytes", "keys")
 SHOWN = {  # methods in figures: label, color, line
-    "exact": ("the best keys, at equal keys (oracle)", "black", ":"),
+    "exact": ("oracle: every head its best keys, as many", "black", ":"),
     "squeezed_fine_two": ("squeezed, 5 % → 20 % centroids in 4 bits", "tab:red", "-"),
     "squeezed_fine_two_tail": ("the same, the rest estimated by mean values", "tab:purple", "-"),
     "squeezed_flat": ("squeezed, 5 % centroids", "tab:orange", "-"),
@@ -159,7 +159,7 @@ def write_figures(folder: Path, rows: list[dict], heads: list[dict], varied: lis
     from matplotlib import pyplot
 
     # Where hardly anything but the index fits in a budget there is nothing to show.
-    together = [row for row in rows if row["task"] == "all" and row["method"] in SHOWN and row["kept"] > 0.01]
+    together = [row for row in rows if row["task"] == "all" and row["method"] in SHOWN and row["kept"] > 0.004]
     dense = {row["length"]: row["found"] for row in rows if row["task"] == "all" and row["method"] == "dense"}
     written = []
     for length, match in itertools.product(sorted(dense), MATCHES):
