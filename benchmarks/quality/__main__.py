@@ -29,7 +29,7 @@ from squeezejax import models
 from squeezejax.models import embedded
 from squeezejax.models.embedded.batches import Encoder
 
-BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125, 0.02)
 ABLATION_BUDGETS = (0.125, 0.0625)
 TUNING_CONTEXTS = 1  # of each task
 SETTINGS = {  # tried when tuning
