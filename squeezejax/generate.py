@@ -334,14 +334,12 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
     row = state.lengths[:, None] + token
     # Padding is written past the end of the cache, where the scatter drops it.
     slot = jnp.where(token < counts[:, None], row, state.room)
-    end = state.lengths + counts  # out here, since XLA would add them again for every layer
+    start, end = state.lengths, state.lengths + counts  # out here, since XLA would add them again for every layer
 
     def attend(carry, layer, q, k, v):
         keys, values, shares = carry
         keys, values = (_write(tree, *pair, layer, slot) for pair in ((keys, k), (values, v)))
-        out = attend_user(
-            tree, q, keys[layer], values[layer], layer, state.lengths, end, log_T, implementation, estimate
-        )
+        out = attend_user(tree, q, keys[layer], values[layer], layer, start, end, log_T, implementation, estimate)
         return (keys, values, jax.tree.map(jnp.add, shares, (out.kept, out.missed))), out.out
 
     carry = (state.keys, state.values, (jnp.zeros(B), None if estimate is None else jnp.zeros(B)))

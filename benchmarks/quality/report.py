@@ -240,7 +240,8 @@ def _head_maps(pyplot, folder: Path, heads: list[dict]) -> list[Path]:
     squeezed = [row for row in heads if row["method"] == "squeezed" and row["match"] == "keys"]
     for length in sorted({row["length"] for row in squeezed}):
         budgets = sorted({row["budget"] for row in squeezed if row["length"] == length}, reverse=True)
-        figure, panels = pyplot.subplots(1, len(budgets), figsize=(3 * len(budgets), 3), squeeze=False)
+        shape = {"figsize": (2.6 * len(budgets), 3.2), "sharey": True, "squeeze": False}
+        figure, panels = pyplot.subplots(1, len(budgets), **shape)
         for panel, budget in zip(panels[0], budgets, strict=True):
             cells = [row for row in squeezed if row["length"] == length and row["budget"] == budget]
             grid = np.zeros([1 + max(row[name] for row in cells) for name in ("layer", "head")])
@@ -249,7 +250,9 @@ def _head_maps(pyplot, folder: Path, heads: list[dict]) -> list[Path]:
             panel.imshow(grid, vmin=0)
             for at, value in np.ndenumerate(grid):
                 panel.text(at[1], at[0], f"{value:.2f}", ha="center", va="center", color="white", fontsize=7)
-            panel.set(title=f"budget {budget:g}", xlabel="head", ylabel="layer")
+            panel.set(title=f"budget {budget:g}", xlabel="head")
+            panel.set(xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
+        panels[0, 0].set_ylabel("layer")
         written.append(_save(figure, folder / f"heads-{length}.png"))
     return written
 
