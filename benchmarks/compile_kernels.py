@@ -20,11 +20,11 @@ import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
 from benchmarks import compile_offline  # isort: skip
-from squeezejax.generate import _prefill_and_decode  # isort: skip
+from squeezejax.online.generate import _prefill_and_decode  # isort: skip
 from squeezejax.models.config import LlamaConfig  # isort: skip
 from squeezejax.models.llama import Llama  # isort: skip
-from squeezejax.pallas_kernels import dispatch  # isort: skip
-from squeezejax.sampling import sampling_of  # isort: skip
+from squeezejax.pallas_kernels import registry  # isort: skip
+from squeezejax.online.sampling import sampling_of  # isort: skip
 from squeezejax.tree import Level, Tree  # isort: skip
 
 TABLE = pathlib.Path(__file__).with_name("results") / "compile_h200.md"
@@ -106,7 +106,7 @@ def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Progr
             implementation=implementation,
         )  # fmt: skip
 
-    with dispatch.force_mosaic():
+    with registry.force_mosaic():
         return deviceless.compile_program(step, *deviceless.on_device(arguments))
 
 
@@ -123,7 +123,7 @@ def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
         return _prefill_and_decode(params, tree, tokens, lengths, log_T, sampling, num_tokens, "mosaic")
 
     arguments = (params, tree_shapes(case), tokens, shape((case.users,), jnp.int32), log_T)
-    with dispatch.force_mosaic():
+    with registry.force_mosaic():
         return deviceless.compile_program(run, *deviceless.on_device(arguments))
 
 

@@ -8,8 +8,11 @@ import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
-from squeezejax.pallas_kernels import block_scores, dispatch, kmeans_assign, sparse_prefill  # isort: skip
-from squeezejax.pallas_kernels.centroid_tiles import Read  # isort: skip
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import block_scores, kmeans_assign
+
+from squeezejax.pallas_kernels.hopper import sparse_prefill  # isort: skip
+from squeezejax.pallas_kernels.hopper.centroid_tiles import Read  # isort: skip
 
 
 def cases():
@@ -72,5 +75,5 @@ def compile_kmeans(heads: int = 8, num_keys: int = 131_072, head_dim: int = 128)
         )
         return jax.vmap(one)(keys, seeds)
 
-    with dispatch.force_mosaic():
+    with registry.force_mosaic():
         return deviceless.compile_program(cluster, *deviceless.on_device((keys, seeds)))

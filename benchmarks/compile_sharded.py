@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec  # isort: skip
 import squeezejax  # isort: skip
 from squeezejax.models.config import LlamaConfig  # isort: skip
 from squeezejax.models.llama import Llama  # isort: skip
-from squeezejax.pallas_kernels import dispatch  # isort: skip
+from squeezejax.pallas_kernels import registry  # isort: skip
 from squeezejax.plan import tree_shapes  # isort: skip
 
 HEADS = {"num_heads": 64, "num_kv_heads": 8, "head_dim": 128}
@@ -40,7 +40,7 @@ def compile_generate(axes: dict[str, int]) -> deviceless.Program:
     def generate(params, tree, tokens):
         return squeezejax.generate(params, tree, tokens, max_new_tokens=16, implementation="mosaic")
 
-    with dispatch.force_mosaic():
+    with registry.force_mosaic():
         tokens = jax.ShapeDtypeStruct((USERS, 8), jnp.int32)
         return deviceless.compile_program(generate, *placed, tokens, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

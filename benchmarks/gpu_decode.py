@@ -16,8 +16,9 @@ import numpy as np
 
 import squeezejax
 from benchmarks.gpu_trees import cache_of, device_tree, find_thresholds, queries, require, seconds_a_step, step_of
-from squeezejax.pallas_kernels import decode, reference_decode, self_check, sparse_decode
-from squeezejax.pallas_kernels.sources import InOrder, Listed
+from squeezejax.pallas_kernels.hopper import decode, self_check, sparse_decode
+from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed
+from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 # head size, query heads a key/value head, key/value heads, users, dtype

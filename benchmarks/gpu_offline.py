@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from squeezejax.pallas_kernels import kmeans_assign, reference_kmeans
+from squeezejax.pallas_kernels.hopper import kmeans_assign
+from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
 from squeezejax.tree import build_layer
 
 LAYERS = 32  # of the model that a time is given for: 8 key/value heads of 128, 128K keys, 5 % clusters

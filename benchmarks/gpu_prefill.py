@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_trees import device_tree, find_thresholds, queries, require, seconds_a_step
-from squeezejax.attention import attend_user
-from squeezejax.pallas_kernels import block_scores, prefill, reference_prefill, self_check, sparse_prefill
-from squeezejax.pallas_kernels.centroid_tiles import Read, split
+from squeezejax.online.attention import attend_user
+from squeezejax.pallas_kernels.hopper import block_scores, prefill, self_check, sparse_prefill
+from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, split
+from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.config import SqueezeConfig
-from squeezejax.pallas_kernels import decode
+from squeezejax.pallas_kernels.hopper import decode
 from squeezejax.tree import Level, Tree
 
 GRANULE = 8

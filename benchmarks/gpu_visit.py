@@ -25,7 +25,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from benchmarks import gpu_decode, gpu_model, gpu_offline, gpu_prefill
-from squeezejax.pallas_kernels import dispatch, mosaic
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import mosaic
 
 SLOWEST_START = 25.0  # seconds that the first suite is expected to take; later ones, as long as the slowest so far
 
@@ -91,7 +92,7 @@ def run(suite, dry: bool, seed: int) -> dict:
 @contextlib.contextmanager
 def interpreted():
     """Kernels on the CPU."""
-    with mosaic.interpret(), dispatch.force_mosaic():
+    with mosaic.interpret(), registry.force_mosaic():
         yield
 
 

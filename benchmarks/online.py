@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from benchmarks.synthetic import synthetic_tree, thresholds_for
 from benchmarks.timing import interleaved, machine
-from squeezejax.attention import attend_user
-from squeezejax.fallback import dense_if_cheaper
 from squeezejax.models import Llama, LlamaConfig
-from squeezejax.select import select_lanes, split_heads
+from squeezejax.online.attention import attend_user
+from squeezejax.online.fallback import dense_if_cheaper
+from squeezejax.online.select import select_lanes, split_heads
 from squeezejax.tree import Tree
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

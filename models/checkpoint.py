@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from squeezejax import sharding
 from squeezejax.memory import bytes_per_device, check_loading_fits
+from squeezejax.mesh import sharding
 from squeezejax.models.config import LlamaConfig, parse_config, parse_stop_tokens
 from squeezejax.models.llama import Llama
 

@@ -14,10 +14,10 @@ from flax import nnx
 from flax.nnx.pytreelib import PytreeState
 from flax.typing import HashableMapping
 
-from squeezejax import exporting
 from squeezejax.models.config import LlamaConfig, RopeConfig
 from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
-from squeezejax.partial import causal_attention
+from squeezejax.online.partial import causal_attention
+from squeezejax.storage import exporting
 
 # attend(carry, layer, q [B T N H], k [B T K H], v [B T K H]) -> (carry, out [B T N H]); q and k are after RoPE.
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]

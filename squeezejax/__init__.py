@@ -7,21 +7,21 @@ answer = squeezejax.generate(params, tree, question_tokens)
 
 import importlib
 
-from squeezejax import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
-from squeezejax.append import append
-from squeezejax.attention import attend
-from squeezejax.calibrate import calibrate, log_thresholds
 from squeezejax.config import SqueezeConfig
-from squeezejax.estimate import add_value_centroids
-from squeezejax.generate import Generation, State, decode, dense_generate, generate, prefill
-from squeezejax.kmeans import KMeans, kmeans
-from squeezejax.parts import split_context
+from squeezejax.mesh.parts import split_context
+from squeezejax.mesh.sharding import shardings
+from squeezejax.offline.append import append
+from squeezejax.offline.calibrate import calibrate, log_thresholds
+from squeezejax.offline.kmeans import KMeans, kmeans
+from squeezejax.offline.progress import Progress
+from squeezejax.offline.squeeze import squeeze
+from squeezejax.online.attention import attend
+from squeezejax.online.estimate import add_value_centroids
+from squeezejax.online.generate import Generation, State, decode, dense_generate, generate, prefill
+from squeezejax.online.select import Selection, select
 from squeezejax.plan import Plan, plan
-from squeezejax.progress import Progress
-from squeezejax.select import Selection, select
-from squeezejax.sharding import shardings
-from squeezejax.squeeze import squeeze
-from squeezejax.storage import Header, TreeFileError, load, read_header, save
+from squeezejax.storage import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
+from squeezejax.storage.files import Header, TreeFileError, load, read_header, save
 from squeezejax.tree import Level, Tree, build_tree
 
 __all__ = [

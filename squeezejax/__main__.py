@@ -2,6 +2,6 @@
 
 import sys
 
-from squeezejax.cli import main
+from squeezejax.command_line.cli import main
 
 sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from squeezejax.sharding import mesh_of, shardings, size_of
+from squeezejax.mesh.sharding import mesh_of, shardings, size_of
 
 
 def bytes_by_name(x, mesh=None) -> dict[str, int]:

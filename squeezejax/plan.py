@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from squeezejax.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.config import SqueezeConfig
-from squeezejax.generate import empty_state
 from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_bytes, local_device
-from squeezejax.sharding import mesh_of, size_of, spec
+from squeezejax.mesh.sharding import mesh_of, size_of, spec
+from squeezejax.offline.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
+from squeezejax.online.generate import empty_state
 from squeezejax.tree import Tree, build_layer, check_context_length
 
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax import sharding
 from squeezejax.config import SqueezeConfig
-from squeezejax.kmeans import kmeans
-from squeezejax.pallas_kernels.segment_sums import segment_sum
-from squeezejax.shape import GRANULE, Shape, shape_clusters, shape_of
+from squeezejax.mesh import sharding
+from squeezejax.offline.kmeans import kmeans
+from squeezejax.offline.shape import GRANULE, Shape, shape_clusters, shape_of
+from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
 
 
 def _static(**kwargs):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from squeezejax import fallback
+from squeezejax.online import fallback
 
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -187,7 +187,7 @@ def test_progress_and_the_same_key_give_the_give_the_same_tree(case):
 
 def test_without_a_window_and_over_many_chunks(monkeypatch):
     """Chunks of 16 tokens over a tree: the keys of one pass."""
-    monkeypatch.setattr(sys.modules["squeezejax.squeeze"], "CHUNK", 16)
+    monkeypatch.setattr(sys.modules["squeezejax.offline.squeeze"], "CHUNK", 16)
     params = oracle.make_model()
     config = dataclasses.replace(DEEP, observation_window=0)
     tree = append(params, oracle.model_tree(params, FIRST, config), SECOND)

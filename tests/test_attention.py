@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squeezejax import attend, log_thresholds
-from squeezejax.pallas_kernels import reference
-from squeezejax.partial import MASKED, attend_cached, causal_attention, merge, partial_attention
+from squeezejax.online.partial import MASKED, attend_cached, causal_attention, merge, partial_attention
+from squeezejax.pallas_kernels.xla import attend as reference
 
 IMPLEMENTATIONS = ["xla", None]
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2, jnp.float16: 4e-3}

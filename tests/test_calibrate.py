@@ -93,7 +93,7 @@ def test_hierarchy_with_extreme_logits(scale):
 
 def test_sets_of_thresholds_scored_a_few_at_a_time(monkeypatch):
     case = oracle.make_case(seed=2, clusters=(3, 6, 12), empty=0.1)
-    monkeypatch.setattr(sys.modules["squeezejax.calibrate"], "SCORES_AT_ONCE", 500)
+    monkeypatch.setattr(sys.modules["squeezejax.offline.calibrate"], "SCORES_AT_ONCE", 500)
     chex.assert_trees_all_equal(calibrate(case.uncalibrated, case.queries).thresholds, case.tree.thresholds)
 
 

@@ -3,8 +3,8 @@
 import pytest
 from chat_models import CHATML, CONTEXT, KINDS, TEMPLATES, make_tokenizer
 
-from squeezejax import chat
-from squeezejax.chat import assistant, user
+from squeezejax.chat import prompts as chat
+from squeezejax.chat.prompts import assistant, user
 from squeezejax.models import embedded
 
 QUESTIONS = ("What is the passcode of Amber Falcon?", "7 sacks?", "“Quoted”…", "何ですか 🙂", "'s", "a\n\nb", "(why)")

@@ -15,9 +15,13 @@ from chat_models import CHATML, CONTEXT, make_tokenizer
 from torch_models import make_model
 
 import squeezejax
-from squeezejax import SqueezeConfig, build_tree, chat, cli, commands, demo, info, models, storage, stream
-from squeezejax.chat import assistant, user
-from squeezejax.explain_text import context_ids
+from squeezejax import SqueezeConfig, build_tree, models
+from squeezejax.chat import prompts as chat
+from squeezejax.chat import stream
+from squeezejax.chat.prompts import assistant, user
+from squeezejax.command_line import cli, commands, demo, info
+from squeezejax.explain.text import context_ids
+from squeezejax.storage import files as storage
 
 QUESTION = "What is the passcode of Amber Falcon?"
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeezejax import cudnn
-from squeezejax.pallas_kernels import dispatch
-from squeezejax.partial import attend_cached, partial_attention
-from squeezejax.select import split_heads
+from squeezejax.online import cudnn
+from squeezejax.online.partial import attend_cached, partial_attention
+from squeezejax.online.select import split_heads
+from squeezejax.pallas_kernels import registry
 
 
 def chunk(dtype=jnp.float32):
@@ -52,10 +52,10 @@ def test_without_a_gpu_nothing_changes():
 
 def test_a_library_that_fails_is_not_used():
     """There is no cuDNN here: the check says so, once, and the caller goes on with XLA."""
-    dispatch.proved.cache_clear()
+    registry.proved.cache_clear()
     with pytest.warns(RuntimeWarning, match="plain XLA runs instead"):
-        assert not dispatch.proved(cudnn.agrees, 64, 2, "bfloat16")
-    dispatch.proved.cache_clear()
+        assert not registry.proved(cudnn.agrees, 64, 2, "bfloat16")
+    registry.proved.cache_clear()
 
 
 def test_the_check_of_a_library_that_works():

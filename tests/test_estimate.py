@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import squeezejax
 from squeezejax import SqueezeConfig, add_value_centroids, attend
-from squeezejax.attention import attend_user
-from squeezejax.estimate import Estimate
+from squeezejax.online.attention import attend_user
+from squeezejax.online.estimate import Estimate
 
 LAYER = 1
 

@@ -20,10 +20,17 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.support.ui import WebDriverWait
 
 import squeezejax
-from squeezejax import SqueezeConfig, chat, cli, commands, explain_page, fallback, sharding, storage, stream
-from squeezejax.explain import Explanation, explain
-from squeezejax.explain_text import Piece, context_files, context_ids, passages, pieces
+from squeezejax import SqueezeConfig
+from squeezejax.chat import prompts as chat
+from squeezejax.chat import stream
+from squeezejax.command_line import cli, commands
+from squeezejax.explain import page as explain_page
+from squeezejax.explain.answer import Explanation, explain
+from squeezejax.explain.text import Piece, context_files, context_ids, passages, pieces
+from squeezejax.mesh import sharding
 from squeezejax.models.embedded import text
+from squeezejax.online import fallback
+from squeezejax.storage import files as storage
 
 # ---- Numbers
 

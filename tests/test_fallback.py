@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import squeezejax
-from squeezejax import fallback
 from squeezejax.models import Llama, LlamaConfig
+from squeezejax.online import fallback
 
 L, K, G, H, S, W = 2, 2, 2, 8, 60, 4
 MODEL = LlamaConfig(vocab_size=50, model_dim=16, mlp_dim=16, num_layers=L, num_heads=K * G, num_kv_heads=K, head_dim=H)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 import squeezejax
-from squeezejax import cli, memory
-from squeezejax.generate import _decode, empty_state
+from squeezejax import memory
+from squeezejax.command_line import cli
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
+from squeezejax.online.generate import _decode, empty_state
+from squeezejax.online.sampling import sampling_of
 from squeezejax.plan import plan, tree_shapes
-from squeezejax.sampling import sampling_of
 
 MODEL = LlamaConfig(
     vocab_size=64, model_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True
@@ -102,7 +103,7 @@ def test_a_compiled_decode_takes_what_is_planned():
 
 def test_a_build_needs_its_floor(params, monkeypatch):
     """While the last layer is clustered, at least the floor is alive, and little more."""
-    module, alive = importlib.import_module("squeezejax.squeeze"), []
+    module, alive = importlib.import_module("squeezejax.offline.squeeze"), []
 
     def build_layer(*arguments):
         layer = squeezejax.tree.build_layer(*arguments)

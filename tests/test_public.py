@@ -18,7 +18,8 @@ from benchmarks.public import __main__ as public
 from benchmarks.public import longbench, metrics, prefixqa, prompts, ruler, run, summary
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
-from squeezejax import chat, models
+from squeezejax import models
+from squeezejax.chat import prompts as chat
 from squeezejax.models import embedded
 
 REPLY_LENGTH = 16

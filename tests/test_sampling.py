@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeezejax.sampling import sample, sampling_of
+from squeezejax.online.sampling import sample, sampling_of
 
 LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.2, 0.05])).astype(np.float32) + 3
 DRAWS = 20_000

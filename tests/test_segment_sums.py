@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from squeezejax.pallas_kernels import reference_kmeans
-from squeezejax.pallas_kernels.segment_sums import PIECE, segment_sum, sum_in_pieces
+from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
+from squeezejax.pallas_kernels.xla.segment_sums import PIECE, segment_sum, sum_in_pieces
 
 CASES = {
     "even": (900, 50, lambda rng, S, C: rng.integers(C, size=S)),

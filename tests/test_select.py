@@ -65,7 +65,7 @@ def test_key_mask_equals_the_oracle(levels, seed, empty, scale, fractions, layer
 @pytest.mark.parametrize("clusters", [(1100,), (20, 1100), (5, 600, 1100)], ids=["flat", "two levels", "three levels"])
 def test_both_ways_of_looking_up_equal_the_oracle(monkeypatch, clusters, most_rows):
     """With more clusters than either scores at once, and heads that keep very different numbers of them."""
-    module = sys.modules["squeezejax.select"]  # the package's attribute of that name is the function
+    module = sys.modules["squeezejax.online.select"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "MOST_LISTED_ROWS", most_rows)
     case = oracle.make_case(seed=13, clusters=clusters, S=2500, L=1, H=4, scale=2.0, empty=0.1)
     q, _, _ = oracle.user_tokens(case)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from squeezejax import SqueezeConfig, build_tree
-from squeezejax.shape import Shape, _borders, shape_clusters, shape_of
+from squeezejax.offline.shape import Shape, _borders, shape_clusters, shape_of
 
 S, C, H = 400, 20, 6
 shape_jit = jax.jit(shape_clusters, static_argnames="shape")

@@ -15,7 +15,7 @@ import pytest
 import squeezejax
 from squeezejax import SqueezeConfig, build_tree, calibrate, squeeze
 
-module = sys.modules["squeezejax.squeeze"]  # the package's attribute of that name is the function
+module = sys.modules["squeezejax.offline.squeeze"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture(scope="module")

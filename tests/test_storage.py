@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import squeezejax
-from squeezejax import SqueezeConfig, TreeFileError, load, read_header, save, storage, storage_header
+from squeezejax import SqueezeConfig, TreeFileError, load, read_header, save
+from squeezejax.storage import files as storage
+from squeezejax.storage import header as storage_header
 
 REASON = re.compile(r"is (cut|altered|not a|of version)|cannot be used")
 HASH = np.arange(32, dtype=np.uint8)
@@ -561,7 +563,7 @@ CHILD = """
 import sys, time, jax
 jax.config.update("jax_num_cpu_devices", 2)
 import squeezejax
-from squeezejax import storage
+from squeezejax.storage import files as storage
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 path, copy = sys.argv[1:]

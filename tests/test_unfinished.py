@@ -14,7 +14,8 @@ import numpy as np
 import oracle
 import pytest
 
-from squeezejax import SqueezeConfig, squeeze, unfinished
+from squeezejax import SqueezeConfig, squeeze
+from squeezejax.offline import unfinished
 
 LAYERS = 3
 CONFIG = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)

@@ -19,9 +19,10 @@ from benchmarks.public.prompts import measure_room
 from benchmarks.public.run import Setup, group, run
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
-from squeezejax import SqueezeConfig, chat, models
-from squeezejax.cli import describe
-from squeezejax.commands import model_directory, read_model_config
+from squeezejax import SqueezeConfig, models
+from squeezejax.chat import prompts as chat
+from squeezejax.command_line.cli import describe
+from squeezejax.command_line.commands import model_directory, read_model_config
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ it stands: for a base model, have questions end with something like "\\nAnswer:"
 from pathlib import Path
 
 from benchmarks.public.samples import Item, check_fields, not_blank, read_lines, strings
-from squeezejax.chat import JOINT
+from squeezejax.chat.prompts import JOINT
 
 METRICS = (
     "f1",

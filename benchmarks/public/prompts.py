@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from benchmarks.public.samples import Item
-from squeezejax import chat
+from squeezejax.chat import prompts as chat
 
 SEAM = 8  # tokens that two halves may gain where they are joined
 

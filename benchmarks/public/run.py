@@ -16,8 +16,8 @@ from benchmarks.public import metrics
 from benchmarks.public.prompts import Prompts, tokenize
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
-from squeezejax import chat
-from squeezejax.stream import PADDING
+from squeezejax.chat import prompts as chat
+from squeezejax.chat.stream import PADDING
 
 DENSE = None  # in place of a sparsity
 MOST_LENGTHS = 32  # of contexts whose programs are kept

@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.quality.methods import CONFIG, SINKS, Choice, Fixed, Method, cluster_of_key, rounded, vector_read
 from squeezejax import SqueezeConfig
-from squeezejax.calibrate import dropped_fractions
-from squeezejax.pallas_kernels import reference
-from squeezejax.partial import merge
+from squeezejax.offline.calibrate import dropped_fractions
+from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla import attend as reference
 
 # ---- Scores of clusters
 

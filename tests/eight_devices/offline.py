@@ -9,7 +9,8 @@ import pytest
 from meshes import make_mesh, put, sent
 
 import squeezejax
-from squeezejax import SqueezeConfig, parts
+from squeezejax import SqueezeConfig
+from squeezejax.mesh import parts
 
 W, L = 10, 3
 CONFIG = SqueezeConfig(cluster_fractions=(0.06, 0.2), observation_window=W, query_block=2, sparsity=0.6)
@@ -54,7 +55,7 @@ def assert_same(tree, other):
 
 
 def test_squeeze(params, tree, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["squeezejax.squeeze"], "CHUNK", 64)  # the name alone is the function
+    monkeypatch.setattr(sys.modules["squeezejax.offline.squeeze"], "CHUNK", 64)  # the name alone is the function
     mesh = make_mesh(data=2, model=2, context=2)
     widened = []
     widen = parts._widen
@@ -110,7 +111,7 @@ def test_an_interrupted_build_and_an_append(params, tree, tmp_path):
 
 def test_prefill_sends_one_chunk(params):
     """Of the hidden states and of the keys, both as long as the context, a chunk's part moves and no more."""
-    squeeze, length, chunk = sys.modules["squeezejax.squeeze"], 256, 64
+    squeeze, length, chunk = sys.modules["squeezejax.offline.squeeze"], 256, 64
     params = put(make_mesh(data=2, model=2, context=2), params)
     x = jax.ShapeDtypeStruct(
         (1, length, 16), np.float32, sharding=squeeze.embed_chunked(params, CONTEXT[None]).sharding

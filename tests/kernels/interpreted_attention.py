@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.pallas_kernels import mosaic, reference_decode, sparse_decode
-from squeezejax.pallas_kernels.sources import InOrder, Listed
-from squeezejax.pallas_kernels.step import Step
+from squeezejax.pallas_kernels.hopper import mosaic, sparse_decode
+from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed
+from squeezejax.pallas_kernels.hopper.step import Step
+from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 

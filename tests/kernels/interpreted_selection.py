@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.pallas_kernels import decode, mosaic, reference_decode
+from squeezejax.pallas_kernels.hopper import decode, mosaic
+from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
 
 class RandomLevel(NamedTuple):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from squeezejax.pallas_kernels import decode, dispatch, mosaic, self_check
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import decode, mosaic, self_check
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 
@@ -36,7 +37,7 @@ def check(fractions, sparsities=(0.8,), B=1, K=2, G=2, H=64, S=403, W=20, L=2, r
     lengths = jnp.asarray(rng.integers(1, room + 1, B), jnp.int32)
     for sparsity in sparsities:
         arguments = {"layer": jnp.int32(L - 1), "sparsity": sparsity, "start": lengths - 1, "lengths": lengths}
-        with mosaic.interpret(), dispatch.force_mosaic():
+        with mosaic.interpret(), registry.force_mosaic():
             out, lse = squeezejax.attend(tree, q, k, v, implementation="mosaic", **arguments)
         want_out, want_lse = squeezejax.attend(tree, q, k, v, implementation="xla", **arguments)
         np.testing.assert_allclose(out, want_out, atol=TOLERANCE[dtype], rtol=0)
@@ -74,7 +75,7 @@ def padded_in_the_middle():
     assert tree.keys.shape[2] >= 403 + 8
     q, k = random_cache(rng, (1, 1, 4, 64), "bfloat16"), random_cache(rng, (1, 8, 2, 64), "bfloat16")
     step = lambda name: squeezejax.attend(tree, q, k, k, layer=0, sparsity=0.0, implementation=name)
-    with mosaic.interpret(), dispatch.force_mosaic():
+    with mosaic.interpret(), registry.force_mosaic():
         out, _ = step("mosaic")
     np.testing.assert_allclose(out, step("xla")[0], atol=TOLERANCE["bfloat16"], rtol=0)
 

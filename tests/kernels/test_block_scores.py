@@ -17,8 +17,9 @@ from processes import run_python
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
-from squeezejax.pallas_kernels import block_scores, mosaic, prefill, reference_prefill
-from squeezejax.pallas_kernels.centroid_tiles import Read, split
+from squeezejax.pallas_kernels.hopper import block_scores, mosaic, prefill
+from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, split
+from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 ROWS, CLUSTERS = 256, 256  # of most checks, so that they share their compiled programs
 

@@ -19,7 +19,9 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 import squeezejax
-from squeezejax.pallas_kernels import dispatch, kmeans_assign, mosaic, reference_kmeans, self_check
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import kmeans_assign, mosaic, self_check
+from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
 
 ROUNDING = 6.2e-5  # scores are cut to 2^-15, or 2^-14 where rounding takes them above 1
 
@@ -130,7 +132,7 @@ def whole():
     cluster = lambda: squeezejax.kmeans(
         x, groups, key=jax.random.key(0), max_iterations=3, swap_rounds=2, implementation="mosaic"
     )
-    with mosaic.interpret(), dispatch.force_mosaic():
+    with mosaic.interpret(), registry.force_mosaic():
         found, again = cluster(), cluster()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

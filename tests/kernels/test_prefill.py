@@ -20,7 +20,9 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 import squeezejax
-from squeezejax.pallas_kernels import dispatch, mosaic, prefill, reference_prefill, self_check, sparse_prefill
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import mosaic, prefill, self_check, sparse_prefill
+from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 
@@ -130,7 +132,7 @@ def check_attend(fractions, lengths, T, block, sparsity=0.6, W=20):
     q, k, v = random(rng, B, T, 4, 64), random(rng, B, T + 5, 2, 64), random(rng, B, T + 5, 2, 64)
     arguments = {"layer": 1, "start": jnp.zeros(B, jnp.int32), "lengths": jnp.asarray(lengths), "sparsity": sparsity}
     attend = lambda name: squeezejax.attend(tree, q, k, v, implementation=name, **arguments)
-    with mosaic.interpret(), dispatch.force_mosaic():
+    with mosaic.interpret(), registry.force_mosaic():
         found = attend("mosaic")
     want = attend("xla")
     for user, length in enumerate(lengths):
@@ -166,13 +168,13 @@ COMPILE = """
 import json, re
 from benchmarks import compile_kernels, deviceless
 import jax, jax.numpy as jnp, squeezejax
-from squeezejax.pallas_kernels import dispatch
+from squeezejax.pallas_kernels import registry
 case, T = compile_kernels.Case(128, 4, num_keys=32768, fractions=(0.01, 0.05)), 512
 tree, shape = compile_kernels.tree_shapes(case), jax.ShapeDtypeStruct
 q, own = (shape((1, T, heads, 128), jnp.bfloat16) for heads in (32, 8))
 def attend(tree, q, k, v, layer, log_T):
     return squeezejax.attend(tree, q, k, v, layer=layer, log_thresholds=log_T, implementation="mosaic")
-with dispatch.force_mosaic():
+with registry.force_mosaic():
     arguments = tree, q, own, own, shape((), jnp.int32), shape((2,), jnp.float32)
     program = deviceless.compile_program(attend, *deviceless.on_device(arguments))
 copies = [line for line in program.text.splitlines() if re.search(r" = bf16\\[[0-9,]*32768", line)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import squeezejax
-from squeezejax import storage
+from squeezejax.storage import files as storage
 
 CONTEXT = np.random.default_rng(3).integers(0, 97, 90)
 QUESTIONS = np.array([[5, 6, 7, 8], [9, 10, 0, 0]], np.int32)

@@ -1,0 +1,1 @@
+"""Mosaic kernels for Hopper GPUs."""

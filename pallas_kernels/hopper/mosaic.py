@@ -1,0 +1,79 @@
+"""What the Mosaic GPU kernels share: how their memory is laid out, and interpreting them on a CPU.
+
+Importing this needs JAX ≥ 0.11; `registry` imports it only after checking that.
+"""
+
+import contextlib
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+GRANULE = 8  # rows that a kernel reads together: the height of a swizzle tile, the least that TMA can place
+TILE = 64  # rows that a CTA works on together: the height of a wgmma
+MASKED = -1e30  # a score that counts for nothing; finite, so that a lane of nothing else stays free of NaN
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+# Transposed scores and outputs: key rows (or head entries) down the 64 rows of a wgmma, query rows along its columns.
+MATRIX = plgpu.Layout.WGMMA
+DOWN = MATRIX.reduce(1)  # a vector along a MATRIX's rows
+ALONG = MATRIX.reduce(0)  # a vector along a MATRIX's columns
+
+_interpreting = False
+
+
+@contextlib.contextmanager
+def interpret():
+    """Kernels traced inside run on the CPU, by Pallas's interpreter."""
+    global _interpreting
+    _interpreting = True
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            yield
+    finally:
+        _interpreting = False
+
+
+def interpreting() -> bool:
+    """Whether kernels are traced for the interpreter."""
+    return _interpreting
+
+
+def count_ctas(per_multiprocessor: int) -> int:
+    """CTAs of a kernel that shares its work out evenly, so many a multiprocessor."""
+    return 3 if _interpreting else per_multiprocessor * MULTIPROCESSORS  # interpreting takes longer with every CTA
+
+
+def load(ref, layout):
+    """Reads a reference straight into registers in a WGMMA-family layout."""
+    if _interpreting:  # which knows no such loads
+        return plgpu.layout_cast(ref[...], layout)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def swizzled(head_dim: int, itemsize: int = 2):
+    """Shared-memory transforms of rows of head_dim numbers; all operands of a wgmma must share one swizzle."""
+    tile = 128 // itemsize if head_dim % (128 // itemsize) == 0 else 64 // itemsize
+    return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(tile * itemsize)
+
+
+def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerParams:
+    """Options of every kernel here; more may be given."""
+    return plgpu.CompilerParams(
+        approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
+    )
+
+
+def columns(vector, shape):
+    """A vector along the columns, repeated down the rows of `shape`."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(vector, shape, [1]), MATRIX)
+
+
+def rows(vector, shape):
+    """A vector down the rows, repeated along the columns of `shape`."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(vector, shape, [0]), MATRIX)
+
+
+def full(shape, value, layout):
+    """A constant float32 array in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -1,0 +1,315 @@
+"""Decode attention, for Hopper: one query token a user, over listed rows of the cache and over rows that lie in order.
+
+A lane (a user and a key/value head) attends to the rows that it keeps (`work_list.Kept`) and to the first rows of any
+number of arrays: the window, the user's own tokens, or the whole cache. All of it is cut into tiles of 64 rows, split
+evenly over CTAs (`shares`), and each CTA's parts of lanes are merged in the end (`merge_shares`).
+
+In a CTA, two producer warpgroups fetch K and V tile by tile (8 TMA boxes of 8 rows) through a ring of stages, and one
+consumer warpgroup computes transposed: scores Sᵀ = K qᵀ, output Oᵀ = Vᵀ Pᵀ, keys and head entries in the 64 rows of a
+wgmma and the group's few queries in its columns. The producer of K also works out how the tiles are split, and lists
+the share's granules, 64 at a time, while the stages that it has filled are read.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from squeezejax.pallas_kernels.hopper import merge_shares
+from squeezejax.pallas_kernels.hopper.item_ring import ItemRing, is_block
+from squeezejax.pallas_kernels.hopper.mosaic import (
+    ALONG,
+    GRANULE,
+    MASKED,
+    MATRIX,
+    MULTIPROCESSORS,
+    TILE,
+    columns,
+    compiler_params,
+    full,
+    interpreting,
+    swizzled,
+)
+from squeezejax.pallas_kernels.hopper.shares import Shares
+from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed, Reader, operands
+from squeezejax.pallas_kernels.hopper.step import Step
+from squeezejax.pallas_kernels.hopper.work_list import PER_TILE, Lister, in_masks, padded
+
+LOG2E = math.log2(math.e)
+FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
+HEAD_DIMS = (64, 96, 128, 192, 256)
+MAX_GROUP = 16
+SHARED_MEMORY = 227 * 1024  # that a CTA can have
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tuning of the attention kernel."""
+
+    stages: int  # tiles of K and of V in flight
+    num_ctas: int  # shares of work: a whole number for each of the multiprocessors
+
+    def __post_init__(self):
+        if min(self.stages, self.num_ctas) < 1:
+            raise ValueError(f"stages and num_ctas must be positive, got {self}")
+
+
+def default_config(head_dim: int, group: int, listing: int = 0) -> Config:
+    """A CTA a multiprocessor, as registers allow, with as much in flight as `listing` bytes leave room for."""
+    if interpreting():  # whose time grows with the number of CTAs
+        return Config(stages=2, num_ctas=3)
+    M, width = -(-group // 8) * 8, -(-head_dim // TILE) * TILE
+    stage = 2 * TILE * (head_dim + width)
+    fixed = 2 * M * (head_dim + TILE) + 4 * M * (width + 2) + 4096  # queries, weights, results; barriers, alignment
+    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=MULTIPROCESSORS)
+
+
+def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, *, config: Config | None = None):
+    """Attention of q [B K G H] over the union: (out f32[B K G H], lse f32[B K G]); a lane without rows: 0 and MASKED.
+
+    Everything has one 16-bit dtype; the step's layer belongs to arrays [L K R H]. Granules are read whole, and where
+    nothing is listed whole tiles, so what they hold must be finite; only rows that count have weight.
+    Raises NotImplementedError for what the kernel cannot do.
+    """
+    B, K, G, H = q.shape
+    sources = (*in_order, *([] if listed is None else [listed]))
+    for source in sources:
+        check(q.dtype, source.keys.dtype, G, H)
+    lanes, M = B * K, -(-G // 8) * 8
+    listing = 0 if listed is None else 4 * listed.kept.tile_items.size // TILE + 2048
+    config = config or default_config(H, G, listing)
+    # TMA fetches 8 queries from a multiple of 8 on: those of a lane among others', whose results nobody looks at.
+    pitch = G if lanes * G % 8 == 0 and (8 % G == 0 or G % 8 == 0) else M
+    q = jnp.pad(q.reshape(lanes, G, H), ((0, 0), (0, pitch - G), (0, 0))).reshape(lanes * pitch, H)
+    *parts, offsets = _attend_shares(q, pitch, M, sources, step, lanes, K, config)
+    out, lse = merge_shares.merge(*parts, offsets, config.num_ctas, G, lambda lane: lane * pitch & 7)
+    return out[:, :, :H].reshape(B, K, G, H), lse.reshape(B, K, G)
+
+
+def check(q_dtype, cache_dtype, G: int, H: int):
+    """Raises NotImplementedError, with the reason, for shapes and dtypes that the kernel cannot take."""
+    if cache_dtype not in (jnp.bfloat16, jnp.float16) or q_dtype != cache_dtype:
+        raise NotImplementedError(f"the kernels take bfloat16 or float16 throughout, got {q_dtype} and {cache_dtype}")
+    if H not in HEAD_DIMS:
+        raise NotImplementedError(f"the kernels take head sizes {HEAD_DIMS}, got {H}")
+    if G > MAX_GROUP:
+        raise NotImplementedError(f"the kernels take up to {MAX_GROUP} query heads a key/value head, got {G}")
+
+
+def _attend_shares(q, pitch: int, M: int, sources, step: Step, lanes: int, num_heads: int, config: Config):
+    """Every CTA's share: f32[slots H' M] and (max, sum) f32[slots 2 M], not divided by the sum, max in units of log2.
+
+    Also the split, i32[lanes + 1] tiles, exclusive sums. q [lanes·pitch H], of which a lane's M columns are the rows
+    from the multiple of 8 at or before its first one; sources, the one that is listed last. H' is H rounded up to whole
+    wgmma rows.
+    """
+    H = q.shape[1]
+    padded_H = -(-H // TILE) * TILE
+    stages = config.stages
+    listed = sources[-1] if isinstance(sources[-1], Listed) else None
+    # With nothing but rows in order a tile is one copy.
+    copies = PER_TILE if listed else 1
+    copied = TILE // copies
+    scale = LOG2E / math.sqrt(H)
+
+    def body(q_gm, *refs, q_sm, k_sm, v_sm, p_sm, out_sm, stats_sm, offsets_sm, k_full, v_full, k_free, v_free, q_full,
+             planned, room=None, listing=None):  # fmt: skip
+        asked, (*arrays, out_gm, stats_gm, offsets_gm) = Step(*refs[: len(step)]), refs[len(step) :]
+        cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+        reader = Reader(sources, arrays, asked, num_heads)
+        shares = Shares(offsets_sm, lanes, config.num_ctas)
+        if listed:
+            skip = asked.everything() if listed.may_skip else jnp.bool_(False)
+            items, lister = ItemRing(**room), Lister(reader.kept, skip, lanes, **listing)
+
+        def plan():
+            """Works out the split, for this CTA and, by the first one, for the merge."""
+            if listed:
+                lister.prepare()
+
+            def add(lane, total):
+                offsets_sm[lane] = total
+                tiles = reader.tiles_in_order(lane)
+                if listed:
+                    tiles = tiles + lax.div(lister.num_items(lane) + (PER_TILE - 1), jnp.int32(PER_TILE))
+                return total + tiles
+
+            offsets_sm[lanes] = lax.fori_loop(0, lanes, add, jnp.int32(0))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(planned)
+
+            @pl.when(cta == 0)
+            def _():
+                def give(lane, _):
+                    offsets_gm[lane] = offsets_sm[lane]
+
+                lax.fori_loop(0, lanes + 1, give, None)
+
+        def visit_tiles(lane, first, end, blocks, work, state, *, lists=False):
+            """(blocks, state) after work((source, granules, masks), state) -> state tile by tile of a lane.
+
+            blocks counts those of items in all lanes; one of the warpgroups lists them.
+            """
+            before = reader.tiles_in_order(lane)
+            begin = jnp.maximum(first - before, 0)  # tiles listed for the lane that are other CTAs'
+            num_items = lister.num_items(lane) if listed else None
+            find = reader.finder(lane, num_items, listed and items.item_at(blocks, begin * PER_TILE))
+
+            def step(tile, carry):
+                blocks, state = carry
+                if listed:
+                    is_next = is_block(tile - before, begin)
+
+                    @pl.when(is_next)
+                    def _():
+                        if lists:
+                            items.list_block(blocks, lister, lane, (tile - before) * PER_TILE)
+                        else:
+                            items.take_block(blocks)
+
+                    blocks = blocks + is_next.astype(jnp.int32)
+                return blocks, work(find(tile), state)
+
+            return lax.fori_loop(first, end, step, (blocks, state))
+
+        def produce(which, ring, ring_full, ring_free):
+            """Fetches keys (which = 0) or values (1) of the share's tiles; whoever fetches keys lists them."""
+            lists = which == 0
+
+            def visit(lane, first, end, counted):
+                def fetch(s, slot, granules):
+                    for i in range(copies):
+                        target = ring.at[slot, pl.ds(i * copied, copied), pl.ds(0, H)]
+                        source = reader.rows(s, which, lane, granules[i], copied)
+                        plgpu.copy_gmem_to_smem(source, target, ring_full.at[slot])
+
+                def work(place, tiles):
+                    kind, granules, _ = place
+                    slot = lax.rem(tiles, jnp.int32(stages))
+
+                    @pl.when(tiles >= stages)
+                    def _():
+                        plgpu.barrier_wait(ring_free.at[slot])
+
+                    for s in range(len(sources)):
+                        pl.when(kind == s)(functools.partial(fetch, s, slot, granules))
+                    return tiles + 1
+
+                tiles, blocks = counted
+                return visit_tiles(lane, first, end, blocks, work, tiles, lists=lists)[::-1]
+
+            tiles, blocks = shares.visit(cta, visit, (0, 0))
+
+            def drain(tile, _):  # stages released last, for which no later tile waited
+                plgpu.barrier_wait(ring_free.at[lax.rem(tile, jnp.int32(stages))])
+
+            lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
+            if listed:
+                items.end(blocks, lists=lists)
+
+        def consume(lane, first, end, counted):
+            plgpu.commit_smem()  # a barrier: all warps are done with the queries of the lane before
+            queries = pl.ds(lax.shift_right_logical(lane * pitch, 3) * GRANULE, M)
+            plgpu.copy_gmem_to_smem(q_gm.at[queries], q_sm, q_full)
+            plgpu.barrier_wait(q_full)
+
+            def work(place, state):
+                masks = place[2]
+                tiles, top, weights_sum, out = state
+                slot = lax.rem(tiles, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[slot])
+
+                def score(acc):
+                    plgpu.wgmma(acc, k_sm.at[slot], q_sm.T)
+                    return acc[...]
+
+                scores = pl.run_scoped(score, plgpu.ACC((TILE, M), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                row = plgpu.broadcasted_iota(jnp.int32, (TILE, M), 0, layout=MATRIX)
+                scores = jnp.where(in_masks(row, masks), scores * scale, MASKED)
+                new_top = jnp.maximum(top, jnp.max(scores, axis=0))
+                keep = jnp.exp2(top - new_top)
+                weights = jnp.exp2(scores - columns(new_top, scores.shape))
+                weights_sum = weights_sum * columns(keep, weights.shape) + weights
+                p_sm.T[...] = plgpu.layout_cast(weights.astype(q.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.commit_smem()
+                out = out * columns(keep, out.shape)
+                plgpu.barrier_wait(v_full.at[slot])
+
+                def weigh(acc):
+                    plgpu.wgmma(acc, v_sm.at[slot].T, p_sm.T)
+                    return acc[...]
+
+                out = out + pl.run_scoped(weigh, plgpu.ACC((padded_H, M), jnp.float32))
+                plgpu.barrier_arrive(v_free.at[slot])
+                return tiles + 1, new_top, weights_sum, out
+
+            tiles, blocks = counted
+            nothing = (full((M,), FLOOR, ALONG), full((TILE, M), 0.0, MATRIX), full((padded_H, M), 0.0, MATRIX))
+            blocks, (tiles, top, weights_sum, out) = visit_tiles(lane, first, end, blocks, work, (tiles, *nothing))
+            out_sm[...] = out
+            stats_sm[0] = top
+            stats_sm[1] = jnp.sum(weights_sum, axis=0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_sm, out_gm.at[cta + lane])
+            plgpu.copy_smem_to_gmem(stats_sm, stats_gm.at[cta + lane])
+            plgpu.wait_smem_to_gmem(0)
+            return tiles, blocks
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plan()
+            produce(0, k_sm, k_full, k_free)
+
+        @pl.when(warpgroup == 2)
+        def _():
+            plgpu.barrier_wait(planned)
+            produce(1, v_sm, v_full, v_free)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.barrier_wait(planned)
+            _, blocks = shares.visit(cta, consume, (0, 0))
+            if listed:
+                items.end(blocks, lists=False)
+
+    cache_ring = lambda width: plgpu.SMEM((stages, TILE, width), q.dtype, transforms=swizzled(H))
+    scratch = {
+        "q_sm": plgpu.SMEM((M, H), q.dtype, transforms=swizzled(H)),
+        "k_sm": cache_ring(H),
+        "v_sm": cache_ring(padded_H),
+        "p_sm": plgpu.SMEM((M, TILE), q.dtype, transforms=swizzled(H)),
+        "out_sm": plgpu.SMEM((padded_H, M), jnp.float32),
+        "stats_sm": plgpu.SMEM((2, M), jnp.float32),
+        "offsets_sm": plgpu.SMEM((padded(lanes + 1),), jnp.int32),
+        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "k_free": plgpu.Barrier(num_barriers=stages),
+        "v_free": plgpu.Barrier(num_barriers=stages),
+        "q_full": plgpu.Barrier(),
+        "planned": plgpu.Barrier(),
+    }
+    if listed:
+        scratch |= {"room": ItemRing.scratch(readers=2), "listing": Lister.scratch(listed.kept)}
+    slots = config.num_ctas + lanes
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((slots, padded_H, M), jnp.float32),
+            jax.ShapeDtypeStruct((slots, 2, M), jnp.float32),
+            jax.ShapeDtypeStruct((lanes + 1,), jnp.int32),
+        ],
+        scratch_types=scratch,
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="warpgroup",
+        # Every shared buffer is written and read across barriers that the body states itself.
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
+        kernel_name="sparse_decode",
+    )(q, *step, *operands(sources))

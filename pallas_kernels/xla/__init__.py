@@ -1,0 +1,1 @@
+"""Plain XLA: runs everywhere."""

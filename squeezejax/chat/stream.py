@@ -1,0 +1,142 @@
+"""Answers token by token over one squeezed context: what `ask` does between reading ids and printing text."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.online.generate import State, decode, prefill
+from squeezejax.tree import Tree
+
+# Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
+PADDING = 64
+ROOM = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How replies are drawn."""
+
+    max_new_tokens: int = 256
+    stop_tokens: tuple[int, ...] = ()
+    sparsity: float | None = None  # None = the tree's
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Stats:
+    """What one reply took."""
+
+    tokens: int = 0
+    seconds: float = 0.0  # from the question's first token to the reply's last
+    kept: float = 0.0  # mean kept fraction of the clustered keys while replying
+    prefill_kept: float = 0.0  # the same while reading the question
+
+    def __str__(self) -> str:
+        """One line for a terminal."""
+        rate = f"{self.tokens / self.seconds:.1f} tokens/s" if self.seconds else "no time measured"
+        return (
+            f"{self.tokens} tokens in {self.seconds:.2f} s ({rate}, reading the question included); keys of the "
+            f"context kept: {self.kept:.1%} in replying, {self.prefill_kept:.1%} in reading the question"
+        )
+
+
+class Session:
+    """One conversation over a tree. Whoever calls says every time what all ids after the context are to be."""
+
+    def __init__(self, params, tree: Tree, options: Options):
+        self._params, self._tree, self._options = params, tree, options
+        self._state: State | None = None
+        self._ids: list[int] = []  # what the state holds
+        self._replies = 0
+        self.stats = Stats()  # of the latest reply
+
+    @property
+    def ids(self) -> list[int]:
+        """All that follows the context: what was read, then the latest reply as far as it has come."""
+        return list(self._ids)
+
+    def restart(self):
+        """Forgets all that followed the context."""
+        self._state, self._ids = None, []
+
+    def reply(self, ids: list[int]) -> Iterator[int]:
+        """Reads ids, all that follows the context up to the reply, and yields the reply's tokens, a stop token too.
+
+        What the state holds already, from earlier turns, is not read again: it goes back to where ids first differ.
+        """
+        started = time.perf_counter()
+        self._read(ids)
+        options = self._options
+        self.stats = Stats(prefill_kept=float(self._state.kept_fraction[0]))
+        key = jax.random.fold_in(jax.random.key(options.seed), self._replies)
+        self._replies += 1
+        kept = 0.0
+        for number in range(options.max_new_tokens):
+            generation, self._state = decode(
+                self._params,
+                self._tree,
+                self._state,
+                1,
+                sparsity=options.sparsity,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                key=jax.random.fold_in(key, number),
+            )
+            token = int(generation.tokens[0, 0])
+            self._ids.append(token)
+            kept += float(generation.kept_fraction[0])
+            self.stats = dataclasses.replace(
+                self.stats, tokens=number + 1, seconds=time.perf_counter() - started, kept=kept / (number + 1)
+            )
+            yield token
+            if token in options.stop_tokens:
+                return
+
+    def _read(self, ids: list[int]):
+        """Makes the state hold exactly ids; the last of them is read in any case, for the logits after it."""
+        common = 0
+        for ours, theirs in zip(self._ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        state = self._state
+        if state is not None:
+            # Rows beyond the length are never attended, so a shorter length forgets what came after.
+            state = dataclasses.replace(state, lengths=jnp.full(1, common, jnp.int32))
+        new = ids[common:]
+        padded = pad(new)
+        used = common + padded.shape[1]
+        self._state = prefill(
+            self._params,
+            self._tree,
+            padded,
+            state=state,
+            capacity=_round_up(used + self._options.max_new_tokens, ROOM) - used,
+            lengths=np.array([len(new)]),
+            sparsity=self._options.sparsity,
+        )
+        self._ids = list(ids)
+
+    def rehearse(self, ids: list[int]):
+        """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
+        next(copy.copy(self).reply(ids))
+
+
+def pad(ids: list[int]) -> np.ndarray:
+    """ids as i32[1 T], zeros after them."""
+    padded = np.zeros((1, _round_up(len(ids), PADDING)), np.int32)
+    padded[0, : len(ids)] = ids
+    return padded
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,1 @@
+"""The command `squeezejax`; alone in `squeezejax/` it may import models."""

@@ -1,0 +1,128 @@
+"""What `build` and `append` do with their parsed arguments: from a text to a tree file.
+
+All that can fail cheaply fails before a model is loaded.
+"""
+
+import os
+import shlex
+import time
+
+import jax
+
+import squeezejax
+from squeezejax import models
+from squeezejax.chat import prompts as chat
+from squeezejax.command_line.commands import (
+    EMBEDDED,
+    asked_model,
+    check_out,
+    model_directory,
+    read_context,
+    read_model_config,
+    warn_of_length,
+)
+from squeezejax.config import SqueezeConfig
+from squeezejax.memory import readable_bytes
+from squeezejax.offline.progress import draw_bar
+from squeezejax.storage import files as storage
+from squeezejax.tree import Tree
+
+
+def build(arguments):
+    """`squeezejax build`."""
+    context = read_context(arguments.context)
+    check_out(arguments.out, arguments.force, arguments.context)
+    config = SqueezeConfig(
+        cluster_fractions=arguments.cluster_fractions,
+        observation_window=arguments.window,
+        sparsity=arguments.sparsity,
+        coarse_margin=arguments.coarse_margin,
+        query_block=arguments.query_block,
+        kmeans_iterations=arguments.kmeans_iterations,
+        kmeans_tolerance=arguments.kmeans_tolerance,
+        kmeans_swap_rounds=arguments.kmeans_swap_rounds,
+        cluster_granule=arguments.cluster_granule,
+        cluster_cap=arguments.cluster_cap,
+    )
+    folder = model_directory(arguments.model)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    ids, prompt = chat.split_prompt(tokenizer, context)
+    if len(ids) <= config.observation_window:
+        raise ValueError(
+            f"{arguments.context} has {len(ids)} tokens only, and the window takes {config.observation_window}: "
+            "nothing is left to squeeze; give a longer text or a smaller --window"
+        )
+    _check_vocabulary(ids, model_config)
+    warn_of_length(len(ids), model_config)
+    watch = Watch(arguments.quiet)
+    params = models.load(folder, dtype=arguments.dtype)
+    # On the disk of the tree, and larger: when it makes room for the tree, the tree fits.
+    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
+    key = jax.random.key(arguments.seed)
+    tree = squeezejax.squeeze(params, ids, config, key=key, progress=watch, checkpoint=checkpoint)
+    model = EMBEDDED if arguments.model == EMBEDDED else os.path.abspath(folder)
+    notes = {"model": model, "context": os.path.abspath(arguments.context), **prompt.to_notes()}
+    write_tree(arguments.out, tree, notes, len(ids), watch)
+
+
+class Watch:
+    """Receives a build's progress: draws a bar, unless quiet, and knows where the time went."""
+
+    def __init__(self, quiet: bool):
+        """The time runs from here."""
+        self._quiet, self._started = quiet, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, progress):
+        """One report."""
+        self.seconds = dict(progress.seconds)
+        if not self._quiet:
+            draw_bar(progress)
+
+    def summary(self, writing: float) -> tuple[float, str]:
+        """Seconds in all, and by kind of work; `writing` the tree came last."""
+        total = time.perf_counter() - self._started
+        spent = self.seconds | {"writing": writing}
+        spent["loading and the rest"] = total - sum(spent.values())
+        return total, ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items())
+
+
+def write_tree(path, tree: Tree, notes: dict[str, str], num_tokens: int, watch: Watch):
+    """Saves a tree, and says how large it is and where the time went."""
+    started = time.perf_counter()
+    storage.save(path, tree, notes)
+    total, spent = watch.summary(time.perf_counter() - started)
+    size = readable_bytes(os.path.getsize(path))
+    print(f"{path}: {num_tokens:,} tokens squeezed in {total:.1f} s, {size}")
+    print(f"({spent})")
+    print(f'ask with: squeezejax ask --tree {shlex.quote(str(path))} "…"')
+
+
+def append(arguments):
+    """`squeezejax append`."""
+    more = read_context(arguments.context)
+    check_out(arguments.out, arguments.force, arguments.context)
+    header = storage.read_header(arguments.tree)
+    prompt = chat.Prompt.from_notes(header.notes)
+    folder = asked_model(arguments.model, header.notes)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    ids, prompt = chat.extend_prompt(tokenizer, prompt, more)
+    _check_vocabulary(ids, model_config)
+    watch = Watch(arguments.quiet)
+    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    tree = storage.load(arguments.tree, params)
+    warn_of_length(tree.context_length + len(ids), model_config)
+    tree = squeezejax.append(params, tree, ids, key=jax.random.key(arguments.seed), progress=watch)
+    sources = [header.notes.get("context", "?"), os.path.abspath(arguments.context)]
+    notes = {**header.notes, "context": ", ".join(sources), **prompt.to_notes()}
+    write_tree(arguments.out, tree, notes, len(ids), watch)
+
+
+def _check_vocabulary(ids, model_config):
+    if max(ids) >= model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token id {max(ids)}, but the model knows only {model_config.vocab_size} tokens: "
+            "they do not belong together"
+        )

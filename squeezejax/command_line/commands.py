@@ -1,0 +1,285 @@
+"""What `ask` does with its parsed arguments, and the checks of files and models that commands share.
+
+All that can fail cheaply fails before a model is loaded.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from squeezejax import models
+from squeezejax.chat import prompts as chat
+from squeezejax.chat.stream import Options, Session, pad
+from squeezejax.explain import page as explain_page
+from squeezejax.explain.answer import explain
+from squeezejax.explain.text import context_files, context_ids, pieces
+from squeezejax.models.config import parse_config
+from squeezejax.online.generate import dense_generate
+from squeezejax.storage import files as storage
+from squeezejax.tree import Tree
+
+EMBEDDED = "embedded"  # the name of the demo's model, in place of a directory
+
+
+# ---- files and models
+
+
+def read_context(path) -> str:
+    """The text in a file, without white space at its ends. Raises ValueError for one that is empty or not UTF-8."""
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {data[error.start]:#04x})") from error
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def check_out(path, force: bool, *inputs):
+    """Raises an error unless a file may be written to path; a file that is there only with force, an input never."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file to write")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} does not exist, so nothing can be written to {path}")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"{target.parent} cannot be written to")
+    if target.exists():
+        if any(target.samefile(source) for source in inputs):
+            raise ValueError(f"{path} is the text itself or the tree; write to another file")
+        if not force:
+            raise ValueError(f"{path} exists; give --force to replace it")
+
+
+def model_directory(name: str) -> Path:
+    """The checkpoint directory that a user names."""
+    return Path(models.__file__).parent / "embedded" if name == EMBEDDED else Path(name).expanduser()
+
+
+def read_model_config(folder: Path):
+    """The `LlamaConfig` of a checkpoint directory, before any of its weights are looked at."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model directory at {folder}; models are not downloaded, give a local path")
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint directory")
+    try:
+        return parse_config(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
+        raise ValueError(f"{file}: {error}") from error
+
+
+def warn_of_length(tokens: int, model_config):
+    """Says on standard error where a text is longer than those the model was trained for."""
+    longest = model_config.max_positions
+    if longest is not None and tokens > longest:
+        print(
+            f"squeezejax: warning: {tokens:,} tokens, but the model was trained for at most {longest:,}; "
+            "expect wrong answers",
+            file=sys.stderr,
+        )
+
+
+# ---- ask
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """All that answering needs, loaded."""
+
+    params: object
+    tree: Tree
+    tokenizer: object
+    prompt: chat.Prompt
+    options: Options
+    stats: bool
+
+
+def ask(arguments):
+    """`squeezejax ask`."""
+    _check_ask(arguments)
+    header = storage.read_header(arguments.tree)
+    prompt = chat.Prompt.from_notes(header.notes)
+    folder = asked_model(arguments.model, header.notes)
+    model_config = read_model_config(folder)
+    tokenizer = chat.load_tokenizer(folder)
+    asked = [chat.question_ids(tokenizer, prompt, question) for question in arguments.questions]
+    context = None if arguments.explain is None else _read_squeezed(arguments, tokenizer, header)
+    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    tree = storage.load(arguments.tree, params)
+    longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
+    warn_of_length(tree.context_length + longest, model_config)
+    options = Options(
+        max_new_tokens=arguments.max_new_tokens,
+        stop_tokens=chat.stop_tokens(tokenizer, params.config),
+        sparsity=arguments.sparsity,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    asking = _Asking(params, tree, tokenizer, prompt, options, arguments.stats)
+    if arguments.chat:
+        return _chat(asking, list(arguments.questions))
+    session = Session(params, tree, options)
+    for number, (question, ids) in enumerate(zip(arguments.questions, asked, strict=True)):
+        if len(asked) > 1:
+            print(("\n" if number else "") + f"> {question}")
+        if arguments.dense:
+            _answer_densely(asking, ids, number)
+        else:
+            session.restart()
+            _answer(asking, session, ids)
+    if context is not None:
+        _explain(asking, ids, session.ids[len(ids) :], context, arguments)
+
+
+def _check_ask(arguments):
+    if not arguments.questions and not arguments.chat:
+        raise ValueError("nothing to ask: give a question in quotes, or --chat")
+    if not all(map(str.strip, arguments.questions)):
+        raise ValueError("the question is empty")
+    if arguments.dense and arguments.sparsity is not None:
+        raise ValueError("--dense reads every key, so it has no --sparsity")
+    if arguments.dense and arguments.chat:
+        raise ValueError("--dense answers single questions only; for a chat that keeps every key give --sparsity 0")
+    if arguments.explain is not None:
+        _check_explain(arguments)
+    elif arguments.context or arguments.force:
+        raise ValueError("--context and --force go with --explain")
+    if arguments.temperature == 0 and (arguments.top_k, arguments.top_p) != (None, None):
+        raise ValueError("--top-k and --top-p need a --temperature above 0")
+    if arguments.top_p == 0:
+        raise ValueError("--top-p must be above 0")
+
+
+def _check_explain(arguments):
+    if arguments.chat or len(arguments.questions) != 1:
+        raise ValueError("--explain shows how one question was answered: ask it alone, without --chat")
+    if arguments.dense:
+        raise ValueError("--dense keeps every key, so there is nothing to explain; for all attention give --sparsity 0")
+    check_out(arguments.explain, arguments.force, arguments.tree, *(arguments.context or ()))
+
+
+def _read_squeezed(arguments, tokenizer, header) -> list[int]:
+    """Ids of the whole squeezed context, from its files."""
+    files = context_files(arguments.context, header.notes)
+    check_out(arguments.explain, arguments.force, *files)
+    return context_ids(tokenizer, [read_context(file) for file in files], header)
+
+
+def asked_model(model: str | None, notes: dict[str, str]) -> Path:
+    """The checkpoint directory given, or else the one that a tree's notes name, if it is there."""
+    if model is not None:
+        return model_directory(model)
+    if "model" not in notes:
+        raise ValueError("the tree does not say which model made it: give --model")
+    folder = model_directory(notes["model"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the tree was made with the model in {folder}, which is gone: say with --model where")
+    return folder
+
+
+def _answer(asking: _Asking, session: Session, ids) -> str:
+    """Prints a reply as it comes, and returns its text."""
+    if asking.stats:
+        session.rehearse(ids)
+    stream = chat.Detokenizer(asking.tokenizer)
+    text = ""
+    for token in session.reply(ids):
+        text += _show(stream.push(token), first=not text)
+    text += _show(stream.flush(), first=not text)
+    print()
+    if asking.stats:
+        print(f"[{session.stats}]", file=sys.stderr)
+    return text
+
+
+def _show(piece: str, first: bool) -> str:
+    piece = piece.lstrip() if first else piece
+    print(piece, end="", flush=True)
+    return piece
+
+
+def _answer_densely(asking: _Asking, ids, number: int):
+    """Prints a reply that read every key. It comes whole: the baseline has one program for a whole reply."""
+    options = asking.options
+
+    def run():
+        generation = dense_generate(
+            asking.params,
+            asking.tree,
+            pad(ids),
+            lengths=np.array([len(ids)]),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop_tokens=options.stop_tokens,
+            key=jax.random.fold_in(jax.random.key(options.seed), number),
+        )
+        return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
+
+    if asking.stats:
+        run()  # so that the time below is not the compiler's
+    started = time.perf_counter()
+    tokens = run()
+    seconds = time.perf_counter() - started
+    print(chat.decode(asking.tokenizer, tokens).strip())
+    if asking.stats:
+        rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
+        print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
+
+
+def _explain(asking: _Asking, question: list[int], answer: list[int], context: list[int], arguments):
+    """Writes the page that shows what was read for an answer."""
+    options, tokenizer = asking.options, asking.tokenizer
+    # The same program and the same random numbers: only what is kept differs.
+    dense_session = Session(asking.params, asking.tree, dataclasses.replace(options, sparsity=0.0))
+    dense_answer = list(dense_session.reply(question))
+    about = explain_page.About(
+        question=arguments.questions[0].strip(),
+        answer=pieces(tokenizer, answer),
+        dense_answer=None if dense_answer == answer else chat.decode(tokenizer, dense_answer).strip(),
+        context=pieces(tokenizer, context),
+        sparsity=asking.tree.config.sparsity if options.sparsity is None else options.sparsity,
+        tree=os.path.basename(arguments.tree),
+    )
+    found = explain(asking.params, asking.tree, question, answer, sparsity=options.sparsity)
+    with storage.replacing(os.path.realpath(arguments.explain)) as file:
+        file.write(explain_page.render(found, about).encode())
+    print(f"[what was read, as a page for a browser: {arguments.explain}]", file=sys.stderr)
+
+
+def _chat(asking: _Asking, given: list[str]):
+    """One conversation: the questions given, then turns from the terminal until an empty line or its end."""
+    print("Every turn sees the earlier ones; an empty line ends the chat.", file=sys.stderr)
+    session = Session(asking.params, asking.tree, asking.options)
+    turns: list[tuple[str, str]] = []
+    while question := _next_turn(given):
+        ids = chat.conversation_ids(asking.tokenizer, asking.prompt, turns, question)
+        turns.append((question, _answer(asking, session, ids)))
+
+
+def _next_turn(given: list[str]) -> str:
+    """The next question, shown as if typed; an empty one at the end."""
+    if given:
+        question = given.pop(0)
+    elif sys.stdin.isatty():
+        try:
+            return input("you> ").strip()
+        except EOFError:
+            print()
+            return ""
+    else:
+        question = sys.stdin.readline().strip()
+    if question:
+        print(f"you> {question}", flush=True)
+    return question

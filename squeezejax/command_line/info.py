@@ -1,0 +1,104 @@
+"""What `squeezejax info` says of a tree file, without the model and without reading its keys and values."""
+
+import dataclasses
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+
+from squeezejax.memory import readable_bytes
+from squeezejax.offline.calibrate import log_thresholds
+from squeezejax.storage import files as storage
+from squeezejax.tree import Tree
+
+SHOWN_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def info(arguments):
+    """`squeezejax info`."""
+    content = describe_tree(arguments.tree)
+    print(json.dumps(content, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(content)))
+
+
+def describe_tree(path) -> dict:
+    """What `info --json` prints, from the header and the small tensors; keys and values are not read."""
+    header = storage.read_header(path)
+    L, K, _, H = header.tensors["keys"].shape
+    window = header.tensors["window_keys"].shape[2]
+    with safe_open(path, framework="numpy") as tensors:
+        counts = [tensors.get_tensor(f"levels.{i}.counts") for i in range(header.config.num_levels)]
+        table = {}
+        if "thresholds" in header.tensors:
+            table = {name: jnp.asarray(tensors.get_tensor(name)) for name in ("sparsities", "thresholds")}
+    return {
+        "file": os.path.abspath(path),
+        "bytes": os.path.getsize(path),
+        "version": header.version,
+        "tokens": header.num_keys + window,
+        "clustered_keys": header.num_keys,
+        "window": window,
+        "layers": L,
+        "kv_heads": K,
+        "head_dim": H,
+        "dtype": header.tensors["keys"].dtype.name,
+        "levels": [_describe_level(count) for count in counts],
+        "log_thresholds": _describe_thresholds(header, table),
+        "config": dataclasses.asdict(header.config),
+        "model_fingerprint": header.fingerprint,
+        "context_sha256": header.context_hash,
+        "notes": header.notes,
+    }
+
+
+def _describe_level(counts: np.ndarray) -> dict:
+    """Clusters of one level, and how many keys the smallest, the mean and the largest live one have."""
+    live = counts[counts > 0]
+    return {
+        "clusters": counts.shape[2],
+        "smallest": int(live.min()),
+        "mean": round(float(live.mean()), 2),
+        "largest": int(live.max()),
+    }
+
+
+def _describe_thresholds(header, table) -> dict[str, list[float]] | None:
+    """log T of every level at a few sparsities; None for a tree that is not calibrated."""
+    if not table:
+        return None
+    nothing = dict.fromkeys(("keys", "values", "order", "window_keys", "window_values"))
+    tree = Tree(**nothing, levels=(), config=header.config, num_keys=header.num_keys, **table)
+    return {str(p): [round(float(t), 3) for t in log_thresholds(tree, p)] for p in SHOWN_SPARSITIES}
+
+
+def _lines(content: dict):
+    """`describe_tree` for people."""
+    config = content["config"]
+    yield f"{content['file']} ({readable_bytes(content['bytes'])}, format version {content['version']})"
+    yield f"context      {content['tokens']:,} tokens: {content['clustered_keys']:,} clustered, then a window of " + (
+        f"{content['window']:,} that is always read"
+    )
+    yield (
+        f"model        {content['layers']} layers, {content['kv_heads']} key/value heads of {content['head_dim']}, "
+        f"{content['dtype']}; fingerprint {content['model_fingerprint'] or 'unknown'}"
+    )
+    for number, level in enumerate(content["levels"], 1):
+        name = "levels" if number == 1 else ""
+        yield (
+            f"{name:12} {number}: {level['clusters']:,} clusters a head, of {level['smallest']:,} to "
+            f"{level['largest']:,} keys, {level['mean']:.1f} on average"
+        )
+    yield f"sparsity     {config['sparsity']:g} unless asked otherwise; selections shared by " + (
+        f"{config['query_block'] or 'all'} tokens of a question"
+    )
+    if content["log_thresholds"] is None:
+        yield "thresholds   none: the tree is not calibrated"
+    else:
+        yield "thresholds   sparsity  " + "  ".join(f"{p:>8}" for p in content["log_thresholds"])
+        for number in range(len(content["levels"])):
+            row = (thresholds[number] for thresholds in content["log_thresholds"].values())
+            yield f"{'':12} log T, {number + 1}  " + "  ".join(f"{value:8.2f}" for value in row)
+    yield f"context hash {content['context_sha256'] or 'unknown'}"
+    for name, text in content["notes"].items():
+        yield f"{'notes' if name == next(iter(content['notes'])) else '':12} {name} = {text!r}"

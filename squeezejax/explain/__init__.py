@@ -1,0 +1,1 @@
+"""What an answer kept, attended to and missed, as a page."""

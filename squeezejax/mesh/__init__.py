@@ -1,0 +1,1 @@
+"""Many devices: where every array lies, and trees in parts."""

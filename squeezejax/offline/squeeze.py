@@ -1,0 +1,218 @@
+"""Offline: a fixed context's tokens become a calibrated tree, layer by layer (spec.md, Offline 1-4).
+
+Each layer in turn reads the hidden states of the whole context in chunks of tokens (dense causal attention over the
+keys so far), then its keys are clustered and written into the tree. Beside the tree and the hidden states only one
+layer's keys and values are alive, and scores of one chunk.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from squeezejax.arguments import check_context
+from squeezejax.config import SqueezeConfig
+from squeezejax.mesh import sharding
+from squeezejax.mesh.parts import split_layer
+from squeezejax.offline.calibrate import calibrate
+from squeezejax.offline.progress import Progress, Reporter
+from squeezejax.offline.unfinished import Unfinished
+from squeezejax.online.attention import attend_context
+from squeezejax.online.cudnn import attend_chunk
+from squeezejax.online.partial import attend_cached
+from squeezejax.plan import check_build_fits
+from squeezejax.tree import Tree, build_layer, check_context_length, check_finite
+
+CHUNK = 512  # context tokens in one forward step
+FALLBACK_QUERIES = 100  # calibration queries when there is no observation window
+
+
+def squeeze(
+    params,
+    tokens,
+    config: SqueezeConfig = SqueezeConfig(),  # noqa: B008 - frozen
+    *,
+    key=None,
+    progress: Callable[[Progress], None] | bool | None = None,
+    checkpoint=None,
+    implementation: str | None = None,
+) -> Tree:
+    """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
+
+    tokens i32[S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the same
+    key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
+    `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
+    there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
+    the hidden states of the context together, and must not belong to another build. `implementation` of the
+    clustering, as for `kmeans`.
+
+    Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
+    are not finite, a checkpoint of another build or a damaged one, and a build that surely does not fit in memory;
+    NotImplementedError for a checkpoint on several hosts.
+    """
+    tokens = check_context(tokens, params.config.vocab_size)
+    length = tokens.shape[1]
+    check_context_length(length, config)
+    check_build_fits(params, length, config)
+    L = params.config.num_layers
+    seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
+    num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
+    digest = hash_tokens(tokens)
+    report = Reporter(L, layer_work(params.config, length, config), progress)
+
+    x = embed_chunked(params, tokens)
+    tree, queries = None, []
+    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
+    if saved is not None and saved.num_layers:
+        for i in range(saved.num_layers):
+            tree = write_layer(tree, _beside(x, saved.layer(i)), i, L)
+        queries, x = saved.state(x)
+        report.skip(saved.num_layers)
+    for i in range(len(queries), L):
+        x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
+        with report.spend("clustering"):
+            layer = cluster_layer(keys, values, i, config, seeds[i], implementation)
+            del keys, values  # as large as the layer, and not needed while the next one is read
+        tree = write_layer(tree, layer, i, L)
+        queries.append(q)
+        report.layer(i, layer_work(params.config, length, config), tree)
+        if saved is not None:
+            with report.spend("checkpoints"):
+                saved.write(i, layer, queries, x)
+        del layer
+    tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
+    tree = finish(tree, queries, report)
+    if saved is not None:
+        saved.remove()
+    return tree
+
+
+def _beside(x, layer: Tree) -> Tree:
+    """A layer that was loaded, whole on every device of the mesh on which x lies."""
+    mesh = sharding.mesh_of(x)
+    return layer if mesh is None else jax.device_put(layer, NamedSharding(x.sharding.mesh, PartitionSpec()))
+
+
+def cluster_layer(keys, values, index: int, *options) -> Tree:
+    """`build_layer`, waited for, of layer `index`'s keys and values [K S+W H], if they are numbers."""
+    check_finite(keys, values, index)
+    return jax.block_until_ready(build_layer(keys, values, *options))
+
+
+def finish(tree: Tree, queries: list, report: Reporter) -> Tree:
+    """The tree calibrated by one [N W H] of queries a layer, and the end of the report."""
+    report.tell("calibrating")
+    with report.spend("calibration"):
+        tree = calibrate(tree, jnp.stack(queries))
+        tree = jax.block_until_ready(sharding.place(tree, tree))
+    report.tell("done")
+    return tree
+
+
+def hash_tokens(tokens, before=None) -> jax.Array:
+    """SHA-256 u8[32] of token ids; of tokens appended to a context with hash `before`: of that hash and the ids."""
+    start = b"" if before is None else np.asarray(before).tobytes()
+    return jnp.asarray(np.frombuffer(hashlib.sha256(start + np.asarray(tokens).tobytes()).digest(), np.uint8))
+
+
+def embed_chunked(params, tokens):
+    """x [1 T' D] of tokens i32[1 T], padded so that chunks divide it; causality keeps the padding from mattering."""
+    length = tokens.shape[1]
+    return _embed(params, jnp.pad(tokens, ((0, 0), (0, -length % min(CHUNK, length)))))
+
+
+@jax.jit
+def _embed(params, tokens):
+    return sharding.constrain(params, params.embed(tokens), "BTE")
+
+
+def prefill_layer(params, index: int, x, length: int, num_queries: int, report: Reporter, before: Tree | None = None):
+    """One layer over the whole context x [1 T' D] -> (x, keys, values [K S+W H], last queries [N W H]).
+
+    The tokens follow the context of the tree `before`, if there is one, and attend to all of it.
+    """
+    config = params.config
+    layer = params.layer(index)
+    chunk = min(CHUNK, length)
+    cache = _empty_cache(params, (2, 1, x.shape[1], config.num_kv_heads, config.head_dim), x.dtype)
+    queries = []
+    with report.spend("prefill"):
+        for start in range(0, x.shape[1], chunk):
+            x, cache, q = _prefill_chunk(params, layer, x, cache, start, before, index, chunk)
+            if start + chunk > length - num_queries:
+                queries.append(q)
+            report.layer(index, _prefill_work(config, min(start + chunk, length), before), cache)
+        end = x.shape[1] - length
+        q = jnp.concatenate(queries, axis=0)
+        q = q[len(q) - end - num_queries : len(q) - end].swapaxes(0, 1)
+        keys, values = (cache[i, 0, :length].swapaxes(0, 1) for i in (0, 1))
+        jax.block_until_ready((x, keys, values))
+    return x, keys, values, q
+
+
+@functools.partial(jax.jit, static_argnames="chunk", donate_argnames=("x", "cache"))
+def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, chunk: int):
+    """Tokens [start, start + chunk) of one layer -> (x with them updated, cache with them written, q [chunk N H])."""
+
+    def attend(q, k, v):
+        q = sharding.constrain(params, q, "BXNH")
+        new = jnp.stack([k, v])
+        written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
+        written = sharding.constrain(params, written, "2BTKH")
+        context = None if before is None else attend_context(before, q, index)
+        # The library's kernel would have to be told how a mesh splits tokens and heads.
+        attend_here = attend_chunk if sharding.mesh_of(params) is None else attend_cached
+        return (written, q[0]), attend_here(q, written[0], written[1], start, before=context)
+
+    first = 0 if before is None else before.context_length
+    part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    for layout in ("BTE", "BTD", "BXD"):  # cut out where it lies, then sent: GSPMD by itself would send all of x
+        part = sharding.constrain(params, part, layout)
+    positions = (first + start + jnp.arange(chunk))[None, :]
+    part, (cache, q) = params.apply_layer(layer, part, positions, attend)
+    x = jax.lax.dynamic_update_slice_in_dim(x, sharding.constrain(params, part, "BTE"), start, axis=1)
+    return sharding.constrain(params, x, "BTE"), cache, q
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"), keep_unused=True)
+def _empty_cache(params, shape, dtype):
+    return sharding.constrain(params, jnp.zeros(shape, dtype), "2BTKH")
+
+
+def write_layer(tree: Tree | None, layer: Tree, index: int, L: int) -> Tree:
+    """The tree of L layers with one of them written in place; None is a tree of zeros.
+
+    On a mesh that splits the context, the layer comes whole and is laid out in parts here.
+    """
+    parts = sharding.size_of(sharding.mesh_of(layer), "context")
+    if parts > layer.parts:
+        tree, layer = split_layer(tree, layer, parts)
+    if tree is None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((L, *leaf.shape), leaf.dtype), layer)
+        tree = sharding.place(layer, shapes)
+    return _write_layer(tree, layer, index)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(tree: Tree, layer: Tree, index) -> Tree:
+    write = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+    return sharding.constrain(tree, jax.tree.map(write, tree, layer))
+
+
+def layer_work(model, length: int, config: SqueezeConfig, before: Tree | None = None) -> float:
+    """Estimated operations of one layer: reading `length` tokens, and clustering their keys."""
+    clusters = config.num_clusters(length)[-1]
+    cluster = 2 * config.kmeans_iterations * length * clusters * model.num_kv_heads * model.head_dim
+    return _prefill_work(model, length, before) + cluster
+
+
+def _prefill_work(model, tokens: int, before: Tree | None) -> float:
+    D, H, K, N = model.model_dim, model.head_dim, model.num_kv_heads, model.num_heads
+    per_token = 2 * D * (2 * N * H + 2 * K * H + 3 * model.mlp_dim)
+    keys = tokens / 2 + (0 if before is None else before.context_length)  # causal: half the pairs
+    return tokens * (per_token + 4 * N * H * keys)

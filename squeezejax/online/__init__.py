@@ -1,0 +1,1 @@
+"""Once per question: select what matters, attend to it, generate."""

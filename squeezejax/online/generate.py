@@ -1,0 +1,400 @@
+"""Online: from a question's tokens to an answer's, over a squeezed context, as one jitted program.
+
+`generate` is `prefill` then `decode`. The state between them holds the users' own tokens only; the fixed context stays
+in the tree, once, whatever the number of users. Every forward pass runs the model's own layers and hands each one an
+`attend` that writes the new keys and values to the cache and attends through the tree.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.arguments import check_lengths, check_model, check_tokens
+from squeezejax.memory import check_state_fits
+from squeezejax.mesh import sharding
+from squeezejax.online import estimate as estimates
+from squeezejax.online.attention import attend_user
+from squeezejax.online.estimate import Estimate
+from squeezejax.online.sampling import Sampling, sample, sampling_of
+from squeezejax.pallas_kernels import registry
+from squeezejax.tree import Tree
+
+DEFAULT_ROOM = 128  # rows that a state keeps free for later tokens, unless told otherwise
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A conversation so far: the user's and the model's tokens that follow the fixed context."""
+
+    keys: jax.Array  # [L B T' K H], after RoPE, T' rows of room
+    values: jax.Array  # [L B T' K H]
+    lengths: jax.Array  # i32[B], rows in use
+    logits: jax.Array  # f32[B V], for the token that comes next
+    kept_fraction: jax.Array  # f32[B], kept clustered keys / S of the prefill that came last
+
+    # Axes by attribute; what `squeezejax.shardings` splits a state by.
+    AXES: ClassVar[dict[str, str]] = {
+        "keys": "LBTKH",
+        "values": "LBTKH",
+        "lengths": "B",
+        "logits": "BV",
+        "kept_fraction": "B",
+    }
+
+    @property
+    def room(self) -> int:
+        """T', rows of the cache."""
+        return self.keys.shape[2]
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Generated tokens, and how much of the fixed context they needed."""
+
+    tokens: jax.Array  # i32[B n], padded after a stop token with that token
+    lengths: jax.Array  # i32[B], generated tokens, the stop token counted
+    kept_fraction: jax.Array  # f32[B], kept clustered keys / S, mean over layers, key/value heads and decode steps
+    prefill_kept_fraction: jax.Array  # f32[B], the same for the user's tokens
+    missed_mass: jax.Array | None = None  # f32[B], estimated attention to keys not kept, of all attention; mean over
+    # layers, heads and decode steps (estimate.py); None unless asked for, or tail or min_mass are used
+
+
+def generate(
+    params,
+    tree: Tree,
+    tokens,
+    *,
+    max_new_tokens: int = 128,
+    lengths=None,
+    sparsity=None,
+    tail: bool = False,
+    min_mass=None,
+    missed_mass: bool = False,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    key=None,
+    stop_tokens=(),
+    implementation: str | None = None,
+) -> Generation:
+    """Answers user input that follows the fixed context of `tree` (paper section 3; spec.md, Online).
+
+    tokens i32[B T] or i32[T]; `lengths` i32[B] for ragged, right-padded batches: every user gets the tokens that their
+    input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window) may be traced and
+    compiles nothing again. Greedy unless `temperature` > 0, which needs `key`. A user is done after any of
+    `stop_tokens`. `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
+    "mosaic".
+
+    Three options estimate from centroids what is not read (estimate.py; plain XLA): `min_mass`, in place of
+    a sparsity, keeps the fewest clusters that hold this much of the estimated attention, and may be traced;
+    `tail` adds the estimated part of what is not kept, for trees with `add_value_centroids`; `missed_mass` has the
+    answer say how much that was, as the other two do.
+
+    One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit` and
+    `jax.export` (exporting.py shows how).
+    Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
+    does not fit in memory.
+    """
+    log_T, estimate = estimates.resolve(
+        tree,
+        tail=tail,
+        min_mass=min_mass,
+        missed_mass=missed_mass,
+        sparsity=sparsity,
+        implementation=implementation,
+    )
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    return _generate(params, tree, tokens, lengths, log_T, sampling, max_new_tokens, implementation, estimate)
+
+
+def dense_generate(
+    params,
+    tree: Tree,
+    tokens,
+    *,
+    max_new_tokens: int = 128,
+    lengths=None,
+    sparsity=None,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    key=None,
+    stop_tokens=(),
+    implementation: str | None = None,
+) -> Generation:
+    """`generate` with attention to every fixed key: the baseline, over the same cache. `sparsity` is ignored."""
+    del sparsity
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    return _generate(params, tree, tokens, lengths, None, sampling, max_new_tokens, implementation)
+
+
+def prefill(
+    params,
+    tree: Tree,
+    tokens,
+    *,
+    state: State | None = None,
+    capacity: int | None = None,
+    lengths=None,
+    sparsity=None,
+    tail: bool = False,
+    min_mass=None,
+    implementation: str | None = None,
+) -> State:
+    """Reads user input and returns the state from which `decode` goes on.
+
+    tokens, lengths, sparsity, tail, min_mass, implementation as for `generate`. `state` continues a conversation: the
+    tokens then follow what it holds. `capacity` is the room for later tokens, in tokens, beyond these (default 128).
+    Raises ValueError as `generate` does, and for a state of another batch size.
+    """
+    check_model(params, tree)
+    tokens = check_tokens(tokens, params.config.vocab_size)
+    B, T = tokens.shape
+    lengths = check_lengths(lengths, B, T)
+    sharding.check_users(tree, B)
+    extra = DEFAULT_ROOM if capacity is None else capacity
+    if extra < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    if state is None:
+        check_state_fits(params, tree, B, T + extra)
+        state = empty_state(params, tree, B, T + extra)
+    else:
+        if state.lengths.shape[0] != B:
+            raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
+        state = _with_room(state, T + extra)
+    log_T, estimate = estimates.resolve(
+        tree, tail=tail, min_mass=min_mass, sparsity=sparsity, implementation=implementation
+    )
+    return _prefill(params, tree, state, tokens, lengths, log_T, registry.resolve(implementation), estimate)
+
+
+def decode(
+    params,
+    tree: Tree,
+    state: State,
+    num_tokens: int,
+    *,
+    sparsity=None,
+    tail: bool = False,
+    min_mass=None,
+    missed_mass: bool = False,
+    temperature=0.0,
+    top_k=None,
+    top_p=None,
+    key=None,
+    stop_tokens=(),
+    implementation: str | None = None,
+) -> tuple[Generation, State]:
+    """Generates up to num_tokens more tokens for every user of a state, and the state after them.
+
+    Small num_tokens stream; arguments as for `generate`. A state without room for them grows first. Under the caller's
+    `jit`, where lengths are unknown, room cannot be checked: give `prefill` enough `capacity`, or a user whose room is
+    used up ends there, with fewer tokens and nothing overwritten.
+    """
+    check_model(params, tree)
+    _check_count(num_tokens)
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    log_T, estimate = estimates.resolve(
+        tree,
+        tail=tail,
+        min_mass=min_mass,
+        missed_mass=missed_mass,
+        sparsity=sparsity,
+        implementation=implementation,
+    )
+    state = _with_room(state, num_tokens)
+    return _decode(params, tree, state, log_T, sampling, num_tokens, registry.resolve(implementation), estimate)
+
+
+def _generate(
+    params,
+    tree,
+    tokens,
+    lengths,
+    log_T,
+    sampling: Sampling,
+    max_new_tokens: int,
+    implementation,
+    estimate: Estimate | None = None,
+):
+    """Both kinds of generate, after their thresholds are known; log_T None is dense attention, or estimated."""
+    check_model(params, tree)
+    tokens = check_tokens(tokens, params.config.vocab_size)
+    lengths = check_lengths(lengths, *tokens.shape)
+    sharding.check_users(tree, tokens.shape[0])
+    _check_count(max_new_tokens)
+    check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
+    return _prefill_and_decode(
+        params, tree, tokens, lengths, log_T, sampling, max_new_tokens, registry.resolve(implementation), estimate
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
+def _prefill_and_decode(
+    params, tree, tokens, lengths, log_T, sampling, num_tokens, implementation, estimate=None
+) -> Generation:
+    state = empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
+    state = _prefill(params, tree, state, tokens, lengths, log_T, implementation, estimate)
+    return _decode(params, tree, state, log_T, sampling, num_tokens, implementation, estimate)[0]
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _prefill(params, tree, state: State, tokens, lengths, log_T, implementation, estimate=None) -> State:
+    """Reads tokens i32[B T], lengths i32[B] of them real, after what the state holds."""
+    tree = sharding.local_numbers(tree)
+    with jax.named_scope("prefill"):
+        x, cache, (kept, _) = _forward(params, tree, state, tokens, lengths, log_T, implementation, estimate)
+        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B 1 D]
+        logits = params.unembed(last)[:, 0]
+    # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
+    total = jnp.minimum(state.lengths + lengths, state.room)
+    return State(*cache, lengths=total, logits=logits, kept_fraction=kept)
+
+
+class _Loop(NamedTuple):
+    """What one decode step hands to the next."""
+
+    step: jax.Array  # i32[]
+    state: State
+    tokens: jax.Array  # i32[B n]
+    newest: jax.Array  # i32[B], the token generated last
+    active: jax.Array  # bool[B], not stopped
+    lengths: jax.Array  # i32[B], tokens generated
+    kept: jax.Array  # f32[B], sum of kept fractions over steps
+    missed: jax.Array | None  # f32[B], sum of missed masses over steps; None where nothing is estimated
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
+def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, implementation, estimate=None):
+    """Up to num_tokens tokens a user; the loop ends early when every user has stopped."""
+    tree = sharding.local_numbers(tree)
+    B = state.lengths.shape[0]
+    keys = jax.random.split(sampling.key, num_tokens)
+
+    def step(loop: _Loop) -> _Loop:
+        state = loop.state
+        active = loop.active & (state.lengths < state.room)
+        token = jnp.where(active, sample(state.logits, sampling, keys[loop.step]), loop.newest)
+        count = active.astype(jnp.int32)
+        x, cache, shares = _forward(params, tree, state, token[:, None], count, log_T, implementation, estimate)
+        add = lambda total, share: total + jnp.where(active, share, 0.0)
+        kept, missed = jax.tree.map(add, (loop.kept, loop.missed), shares)
+        logits = jnp.where(active[:, None], params.unembed(x)[:, 0], state.logits)
+        stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
+        return _Loop(
+            step=loop.step + 1,
+            state=State(*cache, state.lengths + count, logits, state.kept_fraction),
+            tokens=loop.tokens.at[:, loop.step].set(token),
+            newest=token,
+            active=active & ~stopped,
+            lengths=loop.lengths + count,
+            kept=kept,
+            missed=missed,
+        )
+
+    zeros = jnp.zeros(B, jnp.int32)
+    start = _Loop(
+        step=jnp.int32(0),
+        state=state,
+        tokens=jnp.zeros((B, num_tokens), jnp.int32),
+        newest=zeros,
+        active=jnp.ones(B, bool),
+        lengths=zeros,
+        kept=jnp.zeros(B),
+        missed=None if estimate is None else jnp.zeros(B),
+    )
+    with jax.named_scope("decode"):
+        loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
+    steps = jnp.maximum(loop.lengths, 1).astype(jnp.float32)
+    done = Generation(
+        # Steps that never ran are padding too: every user repeats its stop token.
+        tokens=jnp.where(jnp.arange(num_tokens)[None, :] < loop.step, loop.tokens, loop.newest[:, None]),
+        lengths=loop.lengths,
+        kept_fraction=loop.kept / steps,
+        prefill_kept_fraction=state.kept_fraction,
+        missed_mass=None if loop.missed is None else loop.missed / steps,
+    )
+    return done, loop.state
+
+
+def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementation, estimate):
+    """All layers over tokens i32[B T], the first counts i32[B] of them real, which follow what the state holds.
+
+    The tree has `local_numbers`. Gives x [B T D], the cache (keys, values [L B T' K H]) with the real tokens written,
+    and (kept fraction f32[B], missed mass f32[B] or None).
+    """
+    B, T = tokens.shape
+    token = jnp.arange(T)[None, :]
+    row = state.lengths[:, None] + token
+    # Padding is written past the end of the cache, where the scatter drops it.
+    slot = jnp.where(token < counts[:, None], row, state.room)
+    start, end = state.lengths, state.lengths + counts  # out here, since XLA would add them again for every layer
+
+    def attend(carry, layer, q, k, v):
+        keys, values, shares = carry
+        keys, values = (_write(tree, *pair, layer, slot) for pair in ((keys, k), (values, v)))
+        out = attend_user(tree, q, keys[layer], values[layer], layer, start, end, log_T, implementation, estimate)
+        return (keys, values, jax.tree.map(jnp.add, shares, (out.kept, out.missed))), out.out
+
+    carry = (state.keys, state.values, (jnp.zeros(B), None if estimate is None else jnp.zeros(B)))
+    x = sharding.constrain(tree, params.embed(tokens), "BTD")
+    x, (keys, values, shares) = params.run_layers(x, tree.context_length + row, attend, carry)
+    return x, (keys, values), jax.tree.map(lambda share: share / tree.num_layers, shares)
+
+
+def _write(tree: Tree, cache, new, layer, slot):
+    """The cache [L B T' K H] with new [B T K H] in the rows slot i32[B T] of one layer."""
+
+    def write_here(cache, new, layer, slot):
+        user = jnp.arange(new.shape[0])[:, None]
+        return cache.at[layer, user, slot].set(new.astype(cache.dtype), mode="drop")
+
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return write_here(cache, new, layer, slot)
+    # GSPMD would bring all users' new keys to every device: it cannot know that each writes to its own rows only.
+    of_cache, of_new, of_slot = (sharding.spec(mesh, letters) for letters in ("LBTKH", "BTKH", "BT"))
+    in_specs = (of_cache, of_new, sharding.spec(mesh, ""), of_slot)
+    return sharding.map_shards(write_here, mesh, in_specs, of_cache)(cache, new, layer, slot)
+
+
+# Also called from outside programs, where it is `jit` that makes every device hold its share alone; devices are known
+# from the arguments, used or not.
+@functools.partial(jax.jit, static_argnames=("B", "room"), keep_unused=True)
+def empty_state(params, tree: Tree, B: int, room: int) -> State:
+    """The state of B users with room tokens each who have said nothing yet."""
+    config = params.config
+    shape = (config.num_layers, B, room, config.num_kv_heads, config.head_dim)
+    state = State(
+        keys=jnp.zeros(shape, tree.keys.dtype),
+        values=jnp.zeros(shape, tree.keys.dtype),
+        lengths=jnp.zeros(B, jnp.int32),
+        logits=jnp.zeros((B, config.vocab_size)),
+        kept_fraction=jnp.zeros(B),
+    )
+    return sharding.constrain(tree, state)
+
+
+def _with_room(state: State, num_tokens: int) -> State:
+    """The state with at least num_tokens free rows for every user."""
+    if isinstance(state.lengths, jax.core.Tracer):
+        return state  # lengths are not known: whoever traces decides the capacity
+    # NumPy's maximum: JAX's would be traced where a caller's jit closes over the state.
+    missing = int(np.asarray(state.lengths).max()) + num_tokens - state.room
+    if missing <= 0:
+        return state
+    # Growing by whole blocks keeps the number of compiled shapes small.
+    rows = -(-missing // DEFAULT_ROOM) * DEFAULT_ROOM
+    grow = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))
+    return dataclasses.replace(state, keys=grow(state.keys), values=grow(state.values))
+
+
+def _check_count(num_tokens: int):
+    if num_tokens < 1:
+        raise ValueError(f"the number of tokens to generate must be at least 1, got {num_tokens}")

@@ -1,0 +1,1 @@
+"""Trees as files, and our pytrees in exported programs."""
