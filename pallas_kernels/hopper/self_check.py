@@ -9,15 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.pallas_kernels import (
-    decode,
-    kmeans_assign,
-    prefill,
-    reference_decode,
-    reference_kmeans,
-    reference_prefill,
-    sparse_prefill,
-)
+from squeezejax.pallas_kernels.hopper import decode, kmeans_assign, prefill, sparse_prefill
+from squeezejax.pallas_kernels.oracle import decode as reference_decode
+from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
+from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 CLUSTERS, CHILDREN, MEMBERS = 24, 5, 11  # coarse clusters, children of each, keys of each child
 OUT_TOLERANCE, LSE_TOLERANCE, SCORE_TOLERANCE = 2e-2, 2e-3, 1e-4
