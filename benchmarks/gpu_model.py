@@ -12,9 +12,9 @@ import squeezejax
 from benchmarks.gpu_trees import device_tree, find_thresholds
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
-from squeezejax.online import cudnn
+from squeezejax.pallas_kernels import cudnn
 from squeezejax.online.generate import _prefill, empty_state
-from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 SHAPE_8B = LlamaConfig(
     vocab_size=128_256, model_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128

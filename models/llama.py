@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.pytreelib import PytreeState
 from flax.typing import HashableMapping
 
 from squeezejax.models.config import LlamaConfig, RopeConfig
-from squeezejax.models.layers import apply_rope, project, rms_norm, rope_tables
-from squeezejax.online.partial import causal_attention
+from squeezejax.models.layers import apply_rope, project, rms_norm, rope_frequencies, rope_tables
+from squeezejax.pallas_kernels.xla.dense import causal_attention
 from squeezejax.storage import exporting
 
 # attend(carry, layer, q [B T N H], k [B T K H], v [B T K H]) -> (carry, out [B T N H]); q and k are after RoPE.
@@ -135,6 +136,11 @@ class Llama(nnx.Module):
         self.layers = jax.vmap(lambda k: Layer(config, k, dtype))(jax.random.split(layers_key, config.num_layers))
         self.final_norm = _ones((D,), dtype)
         self.head = None if config.tie_embeddings else _random(head_key, (V, D), D, dtype)
+
+    def key_frequencies(self):
+        """How fast RoPE turns each dimension of a key, f32[H] in radians a token."""
+        frequencies, _ = rope_frequencies(self.config.rope, self.config.head_dim)
+        return np.concatenate([frequencies, frequencies])
 
     def embed(self, tokens):
         """tokens i32[B T] -> x [B T D]."""

@@ -11,20 +11,24 @@ from squeezejax.config import SqueezeConfig
 from squeezejax.mesh.parts import split_context
 from squeezejax.mesh.sharding import shardings
 from squeezejax.offline.append import append
-from squeezejax.offline.calibrate import calibrate, log_thresholds
+from squeezejax.offline.build import build_tree
+from squeezejax.offline.calibrate import calibrate
 from squeezejax.offline.kmeans import KMeans, kmeans
 from squeezejax.offline.progress import Progress
 from squeezejax.offline.squeeze import squeeze
+from squeezejax.offline.thresholds import log_thresholds
 from squeezejax.online.attention import attend
 from squeezejax.online.estimate import add_value_centroids
 from squeezejax.online.generate import Generation, State, decode, dense_generate, generate, prefill
+from squeezejax.online.reading import Estimate
 from squeezejax.online.select import Selection, select
 from squeezejax.plan import Plan, plan
 from squeezejax.storage import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
 from squeezejax.storage.files import Header, TreeFileError, load, read_header, save
-from squeezejax.tree import Level, Tree, build_tree
+from squeezejax.tree import Level, Tree
 
 __all__ = [
+    "Estimate",
     "Generation",
     "Header",
     "KMeans",

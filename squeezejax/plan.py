@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding
 from squeezejax.config import SqueezeConfig
 from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_bytes, local_device
 from squeezejax.mesh.sharding import mesh_of, size_of, spec
-from squeezejax.offline.calibrate import GRID, MOST_EXACT_CLUSTERS, dropped_fractions
+from squeezejax.offline.build import build_layer, check_context_length
+from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
+from squeezejax.offline.thresholds import GRID
 from squeezejax.online.generate import empty_state
-from squeezejax.tree import Tree, build_layer, check_context_length
+from squeezejax.tree import Tree
 
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
 # unit rows, rows by cluster, their sums, …, as compiled on a CPU.

@@ -14,7 +14,7 @@ import numpy as np
 
 import squeezejax
 from squeezejax.models import Llama, LlamaConfig
-from squeezejax.online.partial import causal_attention
+from squeezejax.pallas_kernels.xla.dense import causal_attention
 
 TIE = 1e-9  # log scores this close are one score, whatever order they were summed in; strictly above means beyond it
 LONG = np.longdouble  # its exponent reaches e±11356: scores at logits of several hundred do not underflow

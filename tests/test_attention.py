@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squeezejax import attend, log_thresholds
-from squeezejax.online.partial import MASKED, attend_cached, causal_attention, merge, partial_attention
+from squeezejax.pallas_kernels.xla.dense import attend_cached, causal_attention
+from squeezejax.pallas_kernels.xla.softmax import MASKED, merge, partial_attention
 from squeezejax.pallas_kernels.xla import attend as reference
 
 IMPLEMENTATIONS = ["xla", None]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeezejax.online import cudnn
-from squeezejax.online.partial import attend_cached, partial_attention
-from squeezejax.online.select import split_heads
+from squeezejax.pallas_kernels import cudnn
+from squeezejax.pallas_kernels.xla.dense import attend_cached
+from squeezejax.pallas_kernels.xla.softmax import partial_attention
+from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.pallas_kernels import registry
 
 

@@ -185,7 +185,7 @@ def test_training_goes_on_from_its_state_and_lowers_the_loss(encoder, tmp_path):
 
 
 def test_attention_for_training_is_causal_attention():
-    from squeezejax.online.partial import causal_attention
+    from squeezejax.pallas_kernels.xla.dense import causal_attention
 
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 37, 4, 8))

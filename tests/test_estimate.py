@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import squeezejax
 from squeezejax import SqueezeConfig, add_value_centroids, attend
 from squeezejax.online.attention import attend_user
-from squeezejax.online.estimate import Estimate
+from squeezejax.online.reading import Estimate
 
 LAYER = 1
 

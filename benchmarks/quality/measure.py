@@ -20,7 +20,8 @@ from benchmarks.quality.methods import CONFIG, Cache, Fixed, Method
 from squeezejax import SqueezeConfig
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
-from squeezejax.online.partial import causal_attention, merge
+from squeezejax.pallas_kernels.xla.dense import causal_attention
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 HIDDEN = -1e30
 LONGEST_WINDOW = 200  # tokens whose queries are kept

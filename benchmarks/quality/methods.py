@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from squeezejax import SqueezeConfig, Tree, add_value_centroids, build_tree, calibrate, log_thresholds
 from squeezejax.online.estimate import Estimate, cluster_of_rows, descend
-from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla.softmax import merge
 from squeezejax.pallas_kernels.xla import attend as reference
 
 CONFIG = SqueezeConfig(sparsity=0.9)  # of the trees; sparsities are settings of a run

@@ -20,8 +20,8 @@ import numpy as np
 from squeezejax.models import Llama
 from squeezejax.models.embedded import text
 from squeezejax.models.embedded.batches import Encoder
-from squeezejax.online.partial import partial_attention
-from squeezejax.online.select import split_heads
+from squeezejax.pallas_kernels.layout import split_heads
+from squeezejax.pallas_kernels.xla.softmax import partial_attention
 
 HERE = Path(__file__).parent
 

@@ -26,7 +26,7 @@ from squeezejax.models import Llama, LlamaConfig, RopeConfig
 from squeezejax.models.embedded import evaluate, export
 from squeezejax.models.embedded.batches import Encoder, Shape, make_batch
 from squeezejax.models.layers import rope_frequencies
-from squeezejax.online.select import split_heads
+from squeezejax.pallas_kernels.layout import split_heads
 
 HERE = Path(__file__).parent
 

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.xla.attend import MASKED, Runs, expand
+from squeezejax.pallas_kernels import codes
+from squeezejax.pallas_kernels.xla.lists import Runs, expand
+from squeezejax.pallas_kernels.xla.softmax import MASKED
 
 BLOCK = 1024  # clusters scored at once by a lane: its chunk of centroids stays in cache
 
@@ -62,6 +64,7 @@ def _score_listed(level, q, head, children: Runs) -> _Scored:
     C = level.counts.shape[1]
     block = min(BLOCK, C)
     padded = -(-C // block) * block
+    turned = q.astype(jnp.float32) if level.codes is None else codes.rotate(q)
 
     def step(i, scored: _Scored) -> _Scored:
         first = i * block
@@ -70,9 +73,11 @@ def _score_listed(level, q, head, children: Runs) -> _Scored:
         ids = jnp.where(listed, ids, 0)
         take = lambda x: x.at[head[:, None], ids].get(mode="promise_in_bounds")
         counts = jnp.where(listed, take(level.counts), 0)
-        dots = jnp.einsum(
-            "UMH,UCH->UMC", q.astype(jnp.float32), take(level.centroids), precision=jax.lax.Precision.HIGHEST
-        ) / math.sqrt(H)
+        if level.codes is None:
+            numbers = take(level.centroids).astype(jnp.float32)
+        else:
+            numbers = level.offset[head][:, None] + codes.decode(codes.Codes(take(level.codes), take(level.steps)), H)
+        dots = jnp.einsum("UMH,UCH->UMC", turned, numbers, precision=jax.lax.Precision.HIGHEST) / math.sqrt(H)
         dots = jnp.where((counts > 0)[:, None, :], dots, MASKED)
         top = jnp.maximum(scored.top, jnp.max(dots, axis=2))
         shifted = counts.astype(jnp.float32)[:, None, :] * jnp.exp(dots - top[:, :, None])
@@ -130,6 +135,7 @@ def _keep_listed(level, valid, head, children: Runs, scored: _Scored, log_t):
             starts=runs.starts.at[lane, slot].set(take(starts_of), mode="drop"),
             offsets=runs.offsets.at[lane, slot].set(offsets, mode="drop"),
             num_rows=runs.num_rows + jnp.sum(lengths, axis=1),
+            owners=runs.owners.at[lane, slot].set(ids, mode="drop"),
         )
         kept_ids = kept_ids.at[lane, slot].set(ids, mode="drop")
         return runs, kept_ids, used + jnp.sum(kept, axis=1)
@@ -138,6 +144,7 @@ def _keep_listed(level, valid, head, children: Runs, scored: _Scored, log_t):
         starts=jnp.zeros((U, C), jnp.int32),
         offsets=jnp.full((U, C), jnp.iinfo(jnp.int32).max),
         num_rows=jnp.zeros(U, jnp.int32),
+        owners=jnp.zeros((U, C), jnp.int32),
     )
     start = (nothing, jnp.full((U, C), C, jnp.int32), jnp.zeros(U, jnp.int32))
     runs, kept_ids, _ = jax.lax.fori_loop(0, _blocks(children, block), step, start)

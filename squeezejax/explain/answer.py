@@ -15,10 +15,13 @@ import numpy as np
 from squeezejax.arguments import check_model, check_tokens
 from squeezejax.chat.stream import pad
 from squeezejax.mesh import sharding
-from squeezejax.online.attention import attend_user
-from squeezejax.online.generate import State, empty_state
-from squeezejax.online.select import Selection, resolve_thresholds, select_lanes, split_heads
-from squeezejax.pallas_kernels.xla.attend import MASKED
+from squeezejax.online.generate import State, empty_state, forward
+from squeezejax.online.reading import Estimate, reading_of
+from squeezejax.online.select import Selection, kept_rows
+from squeezejax.pallas_kernels.interface import Reading
+from squeezejax.pallas_kernels.layout import split_heads, to_lanes
+from squeezejax.pallas_kernels.xla import backend as xla
+from squeezejax.pallas_kernels.xla.softmax import MASKED
 from squeezejax.tree import Tree
 
 
@@ -26,16 +29,16 @@ from squeezejax.tree import Tree
 class Explanation:
     """What each of the P passes that wrote an answer read, and on average every layer and head; NumPy arrays.
 
-    Context tokens are in their original order; the window, which is always read, comes last. `attended` is a share of
+    Context tokens are in their original order; the sinks, which are always read, come first, the window last. `attended` is a share of
     the attention that was paid, `missed` of that which full attention would have paid from the same query: 0 for
     a key that was kept. Attention is averaged over the query heads that share a key/value head.
     """
 
     token_kept: np.ndarray  # f32[P S], share of layers and key/value heads that kept the key
-    token_attended: np.ndarray  # f32[P S+W], mean over layers and heads
+    token_attended: np.ndarray  # f32[P sinks+S+W], mean over layers and heads
     token_missed: np.ndarray  # f32[P S], mean over layers and heads
     head_kept: np.ndarray  # f32[L K S], share of passes in which the head kept the key
-    head_attended: np.ndarray  # f32[L K S+W], mean over passes
+    head_attended: np.ndarray  # f32[L K sinks+S+W], mean over passes
     head_missed: np.ndarray  # f32[L K S], mean over passes
     kept: np.ndarray  # f32[P L K], kept clustered keys / S
     attended: np.ndarray  # f32[P L K], attention paid to the fixed context, window included
@@ -46,11 +49,20 @@ class Explanation:
     dense: bool  # every key was kept, by sparsity 0 or because selecting cannot pay (fallback.py)
 
 
-def explain(params, tree: Tree, question, answer, *, sparsity=None, implementation: str | None = None) -> Explanation:
+def explain(
+    params,
+    tree: Tree,
+    question,
+    answer,
+    *,
+    sparsity=None,
+    estimate: Estimate | None = None,
+    implementation: str | None = None,
+) -> Explanation:
     """What an answer i32[n] to a question i32[T], both token ids, read of the context of `tree`.
 
-    `sparsity` and `implementation` must be those with which the answer was generated: they decide which keys were kept,
-    the latter only where None lets short contexts be read densely. The passes run as plain XLA, one token at a time as
+    `sparsity`, `estimate` and `implementation` must be those with which the answer was generated: they decide which
+    keys were kept, the last only where None lets short contexts be read densely. The passes run as plain XLA, one token at a time as
     in `decode`. Memory on the host: 12 (L·K + P) bytes a context token.
 
     Raises ValueError for a tree of another model, token ids out of range and no tokens, NotImplementedError for a tree
@@ -60,21 +72,23 @@ def explain(params, tree: Tree, question, answer, *, sparsity=None, implementati
     question, answer = (_one_user(tokens, params.config.vocab_size) for tokens in (question, answer))
     if sharding.mesh_of(tree) is not None:
         raise NotImplementedError("an answer is explained on one device: load the tree without a mesh")
-    log_T = resolve_thresholds(tree, sparsity, None, implementation)
+    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    reading = dataclasses.replace(reading, implementation="xla")
     state = empty_state(params, tree, 1, pad(question).shape[1] + pad(answer).shape[1])
-    state, reading, prefill_kept = _read(params, tree, state, pad(question), len(question), log_T)
+    state, seen = _read(params, tree, state, pad(question), len(question), reading)
+    prefill_kept = state.kept_fraction[0]
     record = _Record(tree, len(answer))
     kept = 0.0
     for p, token in enumerate(answer):
-        record.add(p, reading)
+        record.add(p, seen)
         record.probabilities[p] = jax.nn.softmax(state.logits[0])[token]
-        state, reading, kept_now = _read(params, tree, state, np.array([[token]], np.int32), 1, log_T)
-        kept += float(kept_now) / len(answer)
+        state, seen = _read(params, tree, state, np.array([[token]], np.int32), 1, reading)
+        kept += float(state.kept_fraction[0]) / len(answer)
     return Explanation(
         **vars(record),
         kept_fraction=kept,
         prefill_kept_fraction=float(prefill_kept),
-        dense=bool(jnp.all(log_T == -jnp.inf)),
+        dense=reading.log_T is not None and bool(jnp.all(reading.log_T == -jnp.inf)),
     )
 
 
@@ -85,11 +99,11 @@ def _one_user(tokens, vocab_size: int) -> list[int]:
     return tokens[0].tolist()
 
 
-class _Reading(NamedTuple):
+class _Seen(NamedTuple):
     """What the last token of one pass read, head by head."""
 
     kept: jax.Array  # bool[L K S]
-    attended: jax.Array  # f32[L K S+W]
+    attended: jax.Array  # f32[L K sinks+S+W]
     missed: jax.Array  # f32[L K S]
 
 
@@ -104,10 +118,10 @@ class _Record:
             setattr(self, name, np.zeros((P, L, K), np.float32))
         self.probabilities = np.zeros(P, np.float32)
 
-    def add(self, p: int, reading: _Reading):
+    def add(self, p: int, seen: _Seen):
         """Writes down pass p."""
         P = len(self.probabilities)
-        for name, found in zip(reading._fields, map(np.asarray, reading), strict=True):
+        for name, found in zip(seen._fields, map(np.asarray, seen), strict=True):
             total = np.mean if name == "kept" else np.sum
             getattr(self, f"token_{name}")[p] = found.mean(axis=(0, 1))
             getattr(self, f"head_{name}")[...] += found / np.float32(P)
@@ -115,49 +129,38 @@ class _Record:
 
 
 @jax.jit
-def _read(params, tree: Tree, state: State, tokens, count, log_T):
-    """One pass of `generate` over tokens i32[1 T], of which the first `count` are real.
-
-    Gives the state after it, the `_Reading` of the last real token, and the pass's kept fraction f32[].
-    """
-    row = state.lengths[0] + jnp.arange(tokens.shape[1])
-    slot = jnp.where(jnp.arange(tokens.shape[1]) < count, row, state.room)  # padding is dropped
-
-    def attend(carry, layer, q, k, v):
-        keys, values, reading, kept = carry
-        keys = keys.at[layer, 0, slot].set(k[0].astype(keys.dtype), mode="drop")
-        values = values.at[layer, 0, slot].set(v[0].astype(values.dtype), mode="drop")
-        start = state.lengths
-        out = attend_user(tree, q, keys[layer], values[layer], layer, start, start + count, log_T, "xla")
-        found = _look(tree, q, out.lse, layer, count, log_T)
-        reading = jax.tree.map(lambda all_layers, here: all_layers.at[layer].set(here), reading, found)
-        return (keys, values, reading, kept + out.kept[0] / tree.num_layers), out.out
-
+def _read(params, tree: Tree, state: State, tokens, count, reading: Reading):
+    """One pass of `generate` over tokens i32[1 T], of which the first `count` are real -> (state after it, `_Seen`)."""
     L, K = tree.num_layers, tree.num_kv_heads
     empty = lambda length, dtype: jnp.zeros((L, K, length), dtype)
     S, whole = tree.num_keys, tree.context_length
-    reading = _Reading(empty(S, bool), empty(whole, jnp.float32), empty(S, jnp.float32))
-    carry = (state.keys, state.values, reading, jnp.zeros(()))
-    x, carry = params.run_layers(params.embed(tokens), tree.context_length + row[None], attend, carry)
-    keys, values, reading, kept = carry
+
+    def see(seen, layer, q, found):
+        here = _look(tree, q, found.lse, layer, count, reading)
+        return jax.tree.map(lambda all_layers, here: all_layers.at[layer].set(here), seen, here)
+
+    nothing = _Seen(empty(S, bool), empty(whole, jnp.float32), empty(S, jnp.float32))
+    counts = jnp.full(1, count, jnp.int32)
+    x, cache, (kept, _), seen = forward(params, tree, state, tokens, counts, reading, observe=(nothing, see))
     logits = params.unembed(x[:, count - 1][:, None])[:, 0]
-    return State(keys, values, state.lengths + count, logits, kept[None]), reading, kept
+    return State(*cache, state.lengths + counts, logits, kept), seen
 
 
-def _look(tree: Tree, q, lse, layer, count, log_T) -> _Reading:
+def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:
     """What the last of `count` tokens reads in one layer: arrays without L.
 
-    q [1 T N H] as given to `attend_user`, lse f32[1 T N] as it gave: the log of the denominator of what was attended.
+    q [1 T N H] as the backend is handed it, lse f32[1 T N] as it gave: the log of the denominator of what was attended.
     """
     T, K, S = q.shape[1], tree.num_kv_heads, tree.num_keys
     groups = split_heads(q, K)
-    # The token shares its selection with those of its block, as in `attend_user`.
+    # The token shares its selection with those of its block, as in the backend.
     block = min(tree.config.query_block or T, T)
     first = (count - 1) // block * block
     part = jnp.pad(groups, ((0, 0), (0, -T % block), (0, 0), (0, 0), (0, 0)))
     part = jax.lax.dynamic_slice_in_dim(part, first, block, axis=1)
-    valid = first + jnp.arange(block)[None] < count
-    kept = Selection(select_lanes(tree, part, valid, layer, log_T).clusters[0], layer).key_mask(tree)
+    valid = jnp.repeat(first + jnp.arange(block)[None] < count, groups.shape[3], axis=1)
+    found = xla.select(tree, to_lanes(part), valid, groups.shape[3], layer, reading)
+    kept = Selection(kept_rows(tree, found, layer)[0], layer).key_mask(tree)
 
     last = groups[0, count - 1]  # [K G H]
     paid = split_heads(lse[..., None], K)[0, count - 1]  # [K G 1]
@@ -166,13 +169,14 @@ def _look(tree: Tree, q, lse, layer, count, log_T) -> _Reading:
     by_row = jnp.swapaxes(_scores(last, tree.keys[layer]), 1, 2)
     scores = jnp.zeros((K, S, last.shape[1])).at[jnp.arange(K)[:, None], at].set(by_row, mode="drop")
     scores = jnp.swapaxes(scores, 1, 2)  # [K G S]
-    window = _scores(last, tree.window_keys[layer])
+    always = jnp.exp(_scores(last, tree.window_keys[layer]) - paid)
+    sinks, window = always[..., : tree.config.sinks], always[..., tree.config.sinks :]
     skipped = jnp.where(kept[:, None], MASKED, scores)
     whole = jnp.logaddexp(paid, jax.nn.logsumexp(skipped, axis=2, keepdims=True))
     attended = jnp.exp(jnp.where(kept[:, None], scores, MASKED) - paid)
-    return _Reading(
+    return _Seen(
         kept=kept,
-        attended=jnp.mean(jnp.concatenate([attended, jnp.exp(window - paid)], axis=2), axis=1),
+        attended=jnp.mean(jnp.concatenate([sinks, attended, window], axis=2), axis=1),
         missed=jnp.mean(jnp.exp(skipped - whole), axis=1),
     )
 

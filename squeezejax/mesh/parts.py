@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.mesh import sharding
-from squeezejax.tree import GRANULE, Level, Tree
+from squeezejax.tree import Level, Tree
 
 SPARE = 32  # while a tree is built, a 32nd part more room than its first layer needs: later ones differ a little
-_ROWS = ("keys", "values", "order")  # fields of a tree with an axis of rows
+GRANULE = 8  # parts hold multiples of so many rows and clusters, so that kernels may read any of them
 # Fields of a level that number rows or clusters; all others describe a cluster and move with it.
 _NUMBERS = ("starts", "parents", "child_starts", "child_counts")
+_OF_HEAD = ("offset",)  # these describe a head, and stay
 
 
 class Move(NamedTuple):
@@ -62,7 +63,7 @@ def distribute(mesh, tree: Tree) -> Tree:
     parts, rows = sharding.size_of(mesh, "context"), None
     if tree.parts % parts:
         rows, levels = _lay_out(tree, parts)
-        arrays = {name: _Rearranged(getattr(tree, name), rows, -(name == "order")) for name in _ROWS}
+        arrays = {name: _Rearranged(x, rows, -(name == "order")) for name, x in tree.row_arrays().items()}
         tree = dataclasses.replace(tree, **arrays, levels=levels, parts=parts)
 
     def put(leaf, wanted):  # copied: a tree must not go on living in the file
@@ -128,7 +129,8 @@ def _pad_rows(tree: Tree, size: int) -> Tree:
         widths[3] = (0, size - parts.shape[3])
         return jnp.pad(parts, widths, constant_values=padding).reshape(*x.shape[:2], -1, *x.shape[3:])
 
-    wider = dataclasses.replace(tree, keys=pad(tree.keys), values=pad(tree.values), order=pad(tree.order, -1))
+    arrays = {name: pad(x, -(name == "order")) for name, x in tree.row_arrays().items()}
+    wider = dataclasses.replace(tree, **arrays)
     return sharding.constrain(tree, wider)
 
 
@@ -159,7 +161,7 @@ def _rearrange(tree: Tree, rows, levels: tuple[Level, ...], parts: int) -> Tree:
         taken = jnp.take_along_axis(x, jnp.maximum(index, 0), axis=rows.ndim - 1)
         return jnp.where(index < 0, jnp.asarray(padding, x.dtype), taken)
 
-    arrays = {"keys": take(tree.keys), "values": take(tree.values), "order": take(tree.order, -1)}
+    arrays = {name: take(x, -(name == "order")) for name, x in tree.row_arrays().items()}
     return sharding.constrain(tree, dataclasses.replace(tree, **arrays, levels=levels, parts=parts))
 
 
@@ -197,12 +199,13 @@ def _place(levels: tuple[Level, ...], moves: list[Move], sizes, parts: int) -> t
         moved = {
             field.name: _take(getattr(level, field.name), sources)
             for field in dataclasses.fields(level)
-            if field.name not in _NUMBERS and getattr(level, field.name) is not None
+            if field.name not in _NUMBERS + _OF_HEAD and getattr(level, field.name) is not None
         }
         part = np.arange(parts * C, dtype=np.int32) // C
         counts = moved["counts"].reshape(-1, parts, C)
         first = (np.cumsum(counts, axis=2) - counts).reshape(-1, parts * C)
         starts = (part * num_rows + np.where(moved["counts"] > 0, first, 0)).astype(np.int32)
+        moved |= {name: getattr(level, name) for name in _OF_HEAD} | {"centroids": moved.get("centroids")}
         placed.append(Level(**moved, starts=starts, parents=np.zeros_like(sources)))
     for i in range(1, len(levels)):
         parents = _place_parents(levels[i].parents, moves[i - 1 : i + 1], sizes[i - 1 : i + 1], parts)

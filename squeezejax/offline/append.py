@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.arguments import check_context, check_model
+from squeezejax.config import FALLBACK_QUERIES
+from squeezejax.offline.build import check_context_length, padding_rows
 from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.shape import shape_of
 from squeezejax.offline.squeeze import (
-    FALLBACK_QUERIES,
     cluster_layer,
     embed_chunked,
     finish,
     hash_tokens,
     layer_work,
     prefill_layer,
+    weights_of,
     write_layer,
 )
-from squeezejax.tree import Level, Tree, check_context_length, padding_rows
+from squeezejax.tree import Level, Tree
 
 
 def append(
@@ -49,13 +51,15 @@ def append(
     """
     check_model(params, tree)
     tokens = check_context(tokens, params.config.vocab_size)
-    length, config, L = tokens.shape[1], tree.config, tree.num_layers
-    clustered = tree.window_keys.shape[2] + length
-    check_context_length(clustered, config)
-    shape = shape_of(config, clustered - config.observation_window, tree.keys.dtype, tree.num_keys)
+    length, L = tokens.shape[1], tree.num_layers
+    config = dataclasses.replace(tree.config, sinks=0)  # the first tokens of the part are nothing special
+    check_context_length(config.observation_window + length, config)
+    shape = shape_of(config, length, tree.keys.dtype, tree.num_keys)
     first_row = 0 if shape is None else shape.first_row
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = min(config.observation_window or FALLBACK_QUERIES, length)
+    sinks = tree.config.sinks
+    weights = weights_of(params, tree.context_length + length)
     report = Reporter(L, layer_work(params.config, length, config, tree), progress)
 
     x = embed_chunked(params, tokens)
@@ -65,9 +69,11 @@ def append(
         with report.spend("clustering"):
             keys, values = (
                 jnp.concatenate([old[i], new], axis=1)
-                for old, new in ((tree.window_keys, keys), (tree.window_values, values))
+                for old, new in ((tree.window_keys[:, :, sinks:], keys), (tree.window_values[:, :, sinks:], values))
             )
-            part = cluster_layer(keys, values, i, config, seeds[i], implementation, first_row)
+            offset = tree.levels[-1].offset
+            offset = None if offset is None else offset[i]
+            part = cluster_layer(keys, values, i, config, seeds[i], weights, implementation, first_row, offset)
             layer = jax.block_until_ready(_join(tree, i, part))
             del keys, values, part
         grown = write_layer(grown, layer, i, L)
@@ -85,12 +91,18 @@ def _join(tree: Tree, index, part: Tree) -> Tree:
 
     The keys of `part` follow those of the tree in the context, and its window is the new one.
     """
-    whole = dataclasses.replace(tree, sparsities=None, thresholds=None, context_hash=None)
+    whole = dataclasses.replace(tree, sparsities=None, thresholds=None, block_thresholds=None, denominators=None, context_hash=None)
     old, new = _packed(jax.tree.map(lambda leaf: leaf[index], whole)), _packed(part)
     S = old.num_keys + new.num_keys
     padding = padding_rows(S, old.keys.dtype)
-    rows = lambda a, b: jnp.pad(jnp.concatenate([a, b], axis=1), ((0, 0), (0, padding), (0, 0)))
-    order = jnp.concatenate([old.order, new.order + old.num_keys], axis=1)
+    pad = lambda x, filling: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=filling)
+    new_rows = new.row_arrays() | {"order": new.order + old.num_keys}
+    rows = {
+        name: pad(jnp.concatenate([x, new_rows[name]], axis=1), jnp.asarray(-(name == "order"), x.dtype))
+        for name, x in old.row_arrays().items()
+    }
+    s = tree.config.sinks
+    always = lambda old, new: jnp.concatenate([old[:, :s], new], axis=1)
     sizes = [1, *(level.counts.shape[1] for level in old.levels), 0]
     levels = [
         _join_levels(a, b, starts=old.num_keys, parents=sizes[i] if i else 0, child_starts=sizes[i + 2])
@@ -98,11 +110,12 @@ def _join(tree: Tree, index, part: Tree) -> Tree:
     ]
     return dataclasses.replace(
         new,
-        keys=rows(old.keys, new.keys),
-        values=rows(old.values, new.values),
-        order=jnp.pad(order, ((0, 0), (0, padding)), constant_values=-1),
+        **rows,
+        window_keys=always(old.window_keys, new.window_keys),
+        window_values=always(old.window_values, new.window_values),
         levels=tuple(levels),
         num_keys=S,
+        config=tree.config,
     )
 
 
@@ -111,14 +124,12 @@ def _packed(layer: Tree) -> Tree:
     live = layer.order >= 0  # [K R]
     rows = jnp.argsort(~live, axis=1, stable=True)[:, : layer.num_keys]
     row_of = jnp.cumsum(live, axis=1, dtype=jnp.int32) - live.astype(jnp.int32)
-    take = lambda x: jnp.take_along_axis(x, rows[:, :, None], axis=1)
+    take = lambda x: jnp.take_along_axis(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2)), axis=1)
     # An empty cluster may start behind the last row.
     move = lambda starts: jnp.take_along_axis(row_of, jnp.minimum(starts, live.shape[1] - 1), axis=1)
     return dataclasses.replace(
         layer,
-        keys=take(layer.keys),
-        values=take(layer.values),
-        order=jnp.take_along_axis(layer.order, rows, axis=1),
+        **{name: take(x) for name, x in layer.row_arrays().items()},
         levels=tuple(dataclasses.replace(level, starts=move(level.starts)) for level in layer.levels),
     )
 
@@ -128,6 +139,8 @@ def _join_levels(old: Level, new: Level, **shifts: int) -> Level:
 
     def join(name: str):
         a, b = getattr(old, name), getattr(new, name)
+        if name == "offset":  # of a head; the codes of both leave out the same
+            return a
         return None if a is None or b is None else jnp.concatenate([a, b + shifts.get(name, 0)], axis=1)
 
     return Level(**{field.name: join(field.name) for field in dataclasses.fields(Level)})

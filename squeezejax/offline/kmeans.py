@@ -107,7 +107,8 @@ def kmeans(
     _check(x, num_clusters, weights, max_iterations, swap_rounds)
     weights = jnp.ones(x.shape[0], jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     rounds = min(swap_rounds, max(max_iterations - 1, 0))  # a swap without a step after it would stay unassigned
-    kernel = registry.assignment_kernel(registry.resolve(implementation), x.shape[1])
+    backend = registry.choose(registry.resolve(implementation), "nearest", x.shape[1])
+    kernel = None if backend.name == "xla" else backend.nearest
     return _kmeans(x, weights, key, tolerance, num_clusters, rounds, max_iterations - rounds, kernel)
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.config import SqueezeConfig
+from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
 
-GRANULE = 8  # rows that a kernel fetches together
 POWER_STEPS = 8  # towards a family's principal direction; only an order comes of it, so few will do
 
 
@@ -31,8 +31,9 @@ def shape_of(config: SqueezeConfig, S: int, dtype, first_row: int = 0) -> Shape 
     C = config.num_clusters(S)[-1]
     granule = config.cluster_granule
     if granule is None:
-        # Kernels read 16-bit keys only, and small clusters would lose too many of their rows to their neighbours.
-        granule = GRANULE if dtype.itemsize == 2 and S >= 2 * GRANULE * C else 1
+        # Small clusters would lose too many of their rows to their neighbours; single keys need no granules.
+        granule = registry.layout(dtype).granule
+        granule = granule if 2 * granule * C <= S and not config.key_bits else 1
     if config.cluster_cap is None:
         return None if granule == 1 else Shape(granule, None, first_row % granule)
     most = granule * math.ceil(config.cluster_cap * S / C / granule)

@@ -16,20 +16,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from squeezejax.arguments import check_context
-from squeezejax.config import SqueezeConfig
+from squeezejax.config import FALLBACK_QUERIES, SqueezeConfig
 from squeezejax.mesh import sharding
 from squeezejax.mesh.parts import split_layer
+from squeezejax.offline.build import build_layer, check_context_length, check_finite, dimension_weights
 from squeezejax.offline.calibrate import calibrate
 from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.unfinished import Unfinished
 from squeezejax.online.attention import attend_context
-from squeezejax.online.cudnn import attend_chunk
-from squeezejax.online.partial import attend_cached
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.xla.dense import attend_cached
 from squeezejax.plan import check_build_fits
-from squeezejax.tree import Tree, build_layer, check_context_length, check_finite
+from squeezejax.tree import Tree
 
 CHUNK = 512  # context tokens in one forward step
-FALLBACK_QUERIES = 100  # calibration queries when there is no observation window
 
 
 def squeeze(
@@ -44,7 +44,7 @@ def squeeze(
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
 
-    tokens i32[S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the same
+    tokens i32[sinks+S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the same
     key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
     `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
     there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
@@ -63,6 +63,7 @@ def squeeze(
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
     digest = hash_tokens(tokens)
+    weights = weights_of(params, length)
     report = Reporter(L, layer_work(params.config, length, config), progress)
 
     x = embed_chunked(params, tokens)
@@ -76,7 +77,7 @@ def squeeze(
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
         with report.spend("clustering"):
-            layer = cluster_layer(keys, values, i, config, seeds[i], implementation)
+            layer = cluster_layer(keys, values, i, config, seeds[i], weights, implementation)
             del keys, values  # as large as the layer, and not needed while the next one is read
         tree = write_layer(tree, layer, i, L)
         queries.append(q)
@@ -98,8 +99,15 @@ def _beside(x, layer: Tree) -> Tree:
     return layer if mesh is None else jax.device_put(layer, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
+def weights_of(params, num_tokens: int) -> jax.Array:
+    """How much each dimension of a key counts in the metric "slow", f32[H], for a context of num_tokens tokens."""
+    frequencies = getattr(params, "key_frequencies", None)
+    H = params.config.head_dim
+    return jnp.ones(H) if frequencies is None else jnp.asarray(dimension_weights(frequencies(), num_tokens))
+
+
 def cluster_layer(keys, values, index: int, *options) -> Tree:
-    """`build_layer`, waited for, of layer `index`'s keys and values [K S+W H], if they are numbers."""
+    """`build_layer`, waited for, of layer `index`'s keys and values [K sinks+S+W H], if they are numbers."""
     check_finite(keys, values, index)
     return jax.block_until_ready(build_layer(keys, values, *options))
 
@@ -132,7 +140,7 @@ def _embed(params, tokens):
 
 
 def prefill_layer(params, index: int, x, length: int, num_queries: int, report: Reporter, before: Tree | None = None):
-    """One layer over the whole context x [1 T' D] -> (x, keys, values [K S+W H], last queries [N W H]).
+    """One layer over the whole context x [1 T' D] -> (x, keys, values [K sinks+S+W H], last queries [N W H]).
 
     The tokens follow the context of the tree `before`, if there is one, and attend to all of it.
     """
@@ -165,9 +173,11 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
         written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
+        if sharding.mesh_of(params) is None:
+            backend = registry.choose(registry.resolve(None), "attend_chunk", q, written[0])
+            return (written, q[0]), backend.attend_chunk(q, written[0], written[1], start, context)
         # The library's kernel would have to be told how a mesh splits tokens and heads.
-        attend_here = attend_chunk if sharding.mesh_of(params) is None else attend_cached
-        return (written, q[0]), attend_here(q, written[0], written[1], start, before=context)
+        return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
 
     first = 0 if before is None else before.context_length
     part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)

@@ -16,11 +16,10 @@ import numpy as np
 from squeezejax.arguments import check_lengths, check_model, check_tokens
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
-from squeezejax.online import estimate as estimates
 from squeezejax.online.attention import attend_user
-from squeezejax.online.estimate import Estimate
+from squeezejax.online.reading import Estimate, dense_reading, reading_of
 from squeezejax.online.sampling import Sampling, sample, sampling_of
-from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.tree import Tree
 
 DEFAULT_ROOM = 128  # rows that a state keeps free for later tokens, unless told otherwise
@@ -62,7 +61,7 @@ class Generation:
     kept_fraction: jax.Array  # f32[B], kept clustered keys / S, mean over layers, key/value heads and decode steps
     prefill_kept_fraction: jax.Array  # f32[B], the same for the user's tokens
     missed_mass: jax.Array | None = None  # f32[B], estimated attention to keys not kept, of all attention; mean over
-    # layers, heads and decode steps (estimate.py); None unless asked for, or tail or min_mass are used
+    # layers, heads and decode steps (estimate.py); None without an `Estimate`
 
 
 def generate(
@@ -73,9 +72,7 @@ def generate(
     max_new_tokens: int = 128,
     lengths=None,
     sparsity=None,
-    tail: bool = False,
-    min_mass=None,
-    missed_mass: bool = False,
+    estimate: Estimate | None = None,
     temperature=0.0,
     top_k=None,
     top_p=None,
@@ -91,26 +88,17 @@ def generate(
     `stop_tokens`. `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
     "mosaic".
 
-    Three options estimate from centroids what is not read (estimate.py; plain XLA): `min_mass`, in place of
-    a sparsity, keeps the fewest clusters that hold this much of the estimated attention, and may be traced;
-    `tail` adds the estimated part of what is not kept, for trees with `add_value_centroids`; `missed_mass` has the
-    answer say how much that was, as the other two do.
+    `estimate`: what centroids are to tell of the keys that are not read, `Estimate(...)`; `missed_mass` of the answer
+    then says how much that was.
 
     One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit` and
     `jax.export` (exporting.py shows how).
     Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
     does not fit in memory.
     """
-    log_T, estimate = estimates.resolve(
-        tree,
-        tail=tail,
-        min_mass=min_mass,
-        missed_mass=missed_mass,
-        sparsity=sparsity,
-        implementation=implementation,
-    )
+    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    return _generate(params, tree, tokens, lengths, log_T, sampling, max_new_tokens, implementation, estimate)
+    return _generate(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
 
 
 def dense_generate(
@@ -131,7 +119,7 @@ def dense_generate(
     """`generate` with attention to every fixed key: the baseline, over the same cache. `sparsity` is ignored."""
     del sparsity
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    return _generate(params, tree, tokens, lengths, None, sampling, max_new_tokens, implementation)
+    return _generate(params, tree, tokens, lengths, dense_reading(implementation), sampling, max_new_tokens)
 
 
 def prefill(
@@ -143,13 +131,12 @@ def prefill(
     capacity: int | None = None,
     lengths=None,
     sparsity=None,
-    tail: bool = False,
-    min_mass=None,
+    estimate: Estimate | None = None,
     implementation: str | None = None,
 ) -> State:
     """Reads user input and returns the state from which `decode` goes on.
 
-    tokens, lengths, sparsity, tail, min_mass, implementation as for `generate`. `state` continues a conversation: the
+    tokens, lengths, sparsity, estimate, implementation as for `generate`. `state` continues a conversation: the
     tokens then follow what it holds. `capacity` is the room for later tokens, in tokens, beyond these (default 128).
     Raises ValueError as `generate` does, and for a state of another batch size.
     """
@@ -168,10 +155,8 @@ def prefill(
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    log_T, estimate = estimates.resolve(
-        tree, tail=tail, min_mass=min_mass, sparsity=sparsity, implementation=implementation
-    )
-    return _prefill(params, tree, state, tokens, lengths, log_T, registry.resolve(implementation), estimate)
+    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    return _prefill(params, tree, state, tokens, lengths, reading)
 
 
 def decode(
@@ -181,9 +166,7 @@ def decode(
     num_tokens: int,
     *,
     sparsity=None,
-    tail: bool = False,
-    min_mass=None,
-    missed_mass: bool = False,
+    estimate: Estimate | None = None,
     temperature=0.0,
     top_k=None,
     top_p=None,
@@ -200,56 +183,35 @@ def decode(
     check_model(params, tree)
     _check_count(num_tokens)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
-    log_T, estimate = estimates.resolve(
-        tree,
-        tail=tail,
-        min_mass=min_mass,
-        missed_mass=missed_mass,
-        sparsity=sparsity,
-        implementation=implementation,
-    )
+    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     state = _with_room(state, num_tokens)
-    return _decode(params, tree, state, log_T, sampling, num_tokens, registry.resolve(implementation), estimate)
+    return _decode(params, tree, state, reading, sampling, num_tokens)
 
 
-def _generate(
-    params,
-    tree,
-    tokens,
-    lengths,
-    log_T,
-    sampling: Sampling,
-    max_new_tokens: int,
-    implementation,
-    estimate: Estimate | None = None,
-):
-    """Both kinds of generate, after their thresholds are known; log_T None is dense attention, or estimated."""
+def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Sampling, max_new_tokens: int):
+    """Both kinds of generate, after it is known how they read."""
     check_model(params, tree)
     tokens = check_tokens(tokens, params.config.vocab_size)
     lengths = check_lengths(lengths, *tokens.shape)
     sharding.check_users(tree, tokens.shape[0])
     _check_count(max_new_tokens)
     check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    return _prefill_and_decode(
-        params, tree, tokens, lengths, log_T, sampling, max_new_tokens, registry.resolve(implementation), estimate
-    )
+    return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
-def _prefill_and_decode(
-    params, tree, tokens, lengths, log_T, sampling, num_tokens, implementation, estimate=None
-) -> Generation:
+@functools.partial(jax.jit, static_argnames="num_tokens")
+def _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens) -> Generation:
     state = empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
-    state = _prefill(params, tree, state, tokens, lengths, log_T, implementation, estimate)
-    return _decode(params, tree, state, log_T, sampling, num_tokens, implementation, estimate)[0]
+    state = _prefill(params, tree, state, tokens, lengths, reading)
+    return _decode(params, tree, state, reading, sampling, num_tokens)[0]
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _prefill(params, tree, state: State, tokens, lengths, log_T, implementation, estimate=None) -> State:
+@jax.jit
+def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> State:
     """Reads tokens i32[B T], lengths i32[B] of them real, after what the state holds."""
     tree = sharding.local_numbers(tree)
     with jax.named_scope("prefill"):
-        x, cache, (kept, _) = _forward(params, tree, state, tokens, lengths, log_T, implementation, estimate)
+        x, cache, (kept, _) = forward(params, tree, state, tokens, lengths, reading)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B 1 D]
         logits = params.unembed(last)[:, 0]
     # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
@@ -270,8 +232,8 @@ class _Loop(NamedTuple):
     missed: jax.Array | None  # f32[B], sum of missed masses over steps; None where nothing is estimated
 
 
-@functools.partial(jax.jit, static_argnames=("num_tokens", "implementation"))
-def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, implementation, estimate=None):
+@functools.partial(jax.jit, static_argnames="num_tokens")
+def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, num_tokens):
     """Up to num_tokens tokens a user; the loop ends early when every user has stopped."""
     tree = sharding.local_numbers(tree)
     B = state.lengths.shape[0]
@@ -282,7 +244,7 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
         active = loop.active & (state.lengths < state.room)
         token = jnp.where(active, sample(state.logits, sampling, keys[loop.step]), loop.newest)
         count = active.astype(jnp.int32)
-        x, cache, shares = _forward(params, tree, state, token[:, None], count, log_T, implementation, estimate)
+        x, cache, shares = forward(params, tree, state, token[:, None], count, reading)
         add = lambda total, share: total + jnp.where(active, share, 0.0)
         kept, missed = jax.tree.map(add, (loop.kept, loop.missed), shares)
         logits = jnp.where(active[:, None], params.unembed(x)[:, 0], state.logits)
@@ -307,7 +269,7 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
         active=jnp.ones(B, bool),
         lengths=zeros,
         kept=jnp.zeros(B),
-        missed=None if estimate is None else jnp.zeros(B),
+        missed=jnp.zeros(B) if reading.estimates else None,
     )
     with jax.named_scope("decode"):
         loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
@@ -323,11 +285,12 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
     return done, loop.state
 
 
-def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementation, estimate):
+def forward(params, tree: Tree, state: State, tokens, counts, reading: Reading, observe=None):
     """All layers over tokens i32[B T], the first counts i32[B] of them real, which follow what the state holds.
 
     The tree has `local_numbers`. Gives x [B T D], the cache (keys, values [L B T' K H]) with the real tokens written,
-    and (kept fraction f32[B], missed mass f32[B] or None).
+    and (kept fraction f32[B], missed mass f32[B] or None). An observer, `observe = (start, see)`, sees every layer's
+    reading: seen = see(seen, layer, q [B T N H], LayerOutput) from `start` on, and what was seen last comes fourth.
     """
     B, T = tokens.shape
     token = jnp.arange(T)[None, :]
@@ -336,16 +299,21 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
     slot = jnp.where(token < counts[:, None], row, state.room)
     start, end = state.lengths, state.lengths + counts  # out here, since XLA would add them again for every layer
 
-    def attend(carry, layer, q, k, v):
-        keys, values, shares = carry
-        keys, values = (_write(tree, *pair, layer, slot) for pair in ((keys, k), (values, v)))
-        out = attend_user(tree, q, keys[layer], values[layer], layer, start, end, log_T, implementation, estimate)
-        return (keys, values, jax.tree.map(jnp.add, shares, (out.kept, out.missed))), out.out
+    seen, see = observe or (None, lambda seen, *_: seen)
 
-    carry = (state.keys, state.values, (jnp.zeros(B), None if estimate is None else jnp.zeros(B)))
+    def attend(carry, layer, q, k, v):
+        keys, values, shares, seen = carry
+        keys, values = (_write(tree, *pair, layer, slot) for pair in ((keys, k), (values, v)))
+        found = attend_user(tree, q, Own(keys[layer], values[layer], start, end), layer, reading)
+        shares = jax.tree.map(jnp.add, shares, (found.kept, found.missed))
+        return (keys, values, shares, see(seen, layer, q, found)), found.out
+
+    shares = jnp.zeros(B), jnp.zeros(B) if reading.estimates else None
     x = sharding.constrain(tree, params.embed(tokens), "BTD")
-    x, (keys, values, shares) = params.run_layers(x, tree.context_length + row, attend, carry)
-    return x, (keys, values), jax.tree.map(lambda share: share / tree.num_layers, shares)
+    carry = (state.keys, state.values, shares, seen)
+    x, (keys, values, shares, seen) = params.run_layers(x, tree.context_length + row, attend, carry)
+    found = x, (keys, values), jax.tree.map(lambda share: share / tree.num_layers, shares)
+    return found if observe is None else (*found, seen)
 
 
 def _write(tree: Tree, cache, new, layer, slot):

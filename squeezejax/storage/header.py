@@ -1,7 +1,6 @@
 """The header of a tree file: what it holds, how it is written, and reading it without trust in any of it.
 
-VERSION grows whenever a file can hold what earlier readers do not know; a file has the lowest version that can express
-its tree. Every version keeps the beginning (`_BEGINNING`), so that readers can tell a newer file from a damaged one.
+VERSION grows whenever a file can hold what earlier readers do not know. Every version keeps the beginning (`_BEGINNING`), so that readers can tell a newer file from a damaged one.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import numpy as np
 
 from squeezejax.config import SqueezeConfig
 
-VERSION = 1
+VERSION = 2  # 1: only trees as the paper's, whose configuration lacks the fields of the index
 MOST_HEADER_BYTES = 16 << 20  # far above any real header; bounds what a damaged length can make us read
 
 _FORMAT = "squeezejax tree"
@@ -30,6 +29,7 @@ _DTYPES = {  # safetensors' names
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -182,7 +182,7 @@ def _interpret(content: dict) -> Header:
     context_hash = metadata.get("context_sha256")
     require(context_hash is None or re.fullmatch("[0-9a-f]{64}", context_hash), "its context's hash is not SHA-256")
     return Header(
-        config=SqueezeConfig(**_parse(metadata["config"])),
+        config=_interpret_config(metadata),
         num_keys=int(metadata["num_keys"]),
         tensors=_interpret_tensors(content, checksums),
         fingerprint=metadata.get("fingerprint"),
@@ -191,6 +191,15 @@ def _interpret(content: dict) -> Header:
         notes=notes,
         version=int(metadata["version"]),
     )
+
+
+def _interpret_config(metadata: dict) -> SqueezeConfig:
+    fields = _parse(metadata["config"])
+    if metadata["version"] == "1":
+        return SqueezeConfig.paper(**fields)
+    names = {field.name for field in dataclasses.fields(SqueezeConfig)}
+    require(fields.keys() == names, "its configuration lacks fields, or has others")
+    return SqueezeConfig(**fields)
 
 
 def _interpret_tensors(content: dict, checksums: dict) -> dict[str, StoredTensor]:
@@ -216,19 +225,35 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
     keys = tensors["keys"].dtype if "keys" in tensors else None
     required = dict.fromkeys(("keys", "values"), (keys, "LKRH")) | {"order": (np.int32, "LKR")}
     required |= dict.fromkeys(("window_keys", "window_values"), (keys, "LKWH"))
+    bf16 = jnp.dtype(jnp.bfloat16)
     for i in range(config.num_levels):
-        required[f"levels.{i}.centroids"] = (np.float32, ("L", "K", f"C{i}", "H"))
+        of_cluster = ("L", "K", f"C{i}")
+        if config.index_bits >= 16:
+            dtype = np.float32 if config.index_bits == 32 else bf16
+            required[f"levels.{i}.centroids"] = (dtype, (*of_cluster, "H"))
+        else:
+            required[f"levels.{i}.codes"] = (np.uint8, (*of_cluster, "b"))
+            required[f"levels.{i}.steps"] = (bf16, of_cluster)
+            required[f"levels.{i}.offset"] = (np.float32, "LKH")
+        if config.score == "variance":
+            required[f"levels.{i}.spreads"] = (bf16, of_cluster)
         links = ("child_starts", "child_counts") if i < config.num_levels - 1 else ()
         for name in ("counts", "starts", "parents", *links):
-            required[f"levels.{i}.{name}"] = (np.int32, ("L", "K", f"C{i}"))
+            required[f"levels.{i}.{name}"] = (np.int32, of_cluster)
+    if config.key_bits:
+        required |= {"key_codes": (np.uint8, "LKRk"), "key_steps": (bf16, "LKR")}
     table = {"sparsities": (np.float32, "P"), "thresholds": (np.float32, "nP")}
+    if config.score == "variance":
+        table |= {"block_thresholds": (np.float32, "nP"), "denominators": (np.float32, "LKGz")}
     means = {f"levels.{i}.value_centroids": (np.float32, ("L", "K", f"C{i}", "H")) for i in range(config.num_levels)}
     expected = required
     for optional in (table, means):  # all of it, or nothing
         expected = expected | (optional if optional.keys() & tensors.keys() else {})
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'not one of a tree'}")
-    sizes = {"n": config.num_levels}
+    groups = tensors["keys"].shape[-1:]
+    eighths = -(-groups[0] // 8) if groups else 0
+    sizes = {"n": config.num_thresholds, "z": 2, "b": config.index_bits * eighths, "k": config.key_bits * eighths}
     for name, (dtype, axes) in expected.items():
         shape = tensors[name].shape
         same = (sizes.setdefault(axis, n) == n for axis, n in zip(axes, shape, strict=False))
@@ -238,6 +263,6 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
         )
         require(tensors[name].dtype == dtype, f"tensor {name} has dtype {tensors[name].dtype}")
     require(keys in (np.float32, jnp.bfloat16, np.float16), f"tensor keys has dtype {keys}")
-    require(all(n > 0 for axis, n in sizes.items() if axis != "W"), "an axis has no entries")
+    require(all(n > 0 for axis, n in sizes.items() if axis not in ("W", "k")), "an axis has no entries")
     require(num_keys <= sizes["R"] < 2**31, f"it has {sizes['R']} rows for {num_keys} keys")
     require(sizes.get("P", 2) >= 2, "its table of thresholds has only one entry")

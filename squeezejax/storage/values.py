@@ -11,8 +11,11 @@ def check_values(leaves: dict, num_keys: int, parts: int):
 
     Attention gathers rows without checks of its own. Keys and values are not looked at.
     """
-    small = {name: whole_on_host(leaf) for name, leaf in leaves.items() if "keys" not in name and "values" not in name}
+    large = ("keys", "values", "key_codes", "window_keys", "window_values")
+    small = {name: whole_on_host(leaf) for name, leaf in leaves.items() if name not in large}
     order = small["order"]
+    if "key_steps" in small:
+        require(np.isfinite(small["key_steps"].astype(np.float32)).all(), "its codes of keys are not finite")
     above = 1
     for i in range(sum(name.endswith(".counts") for name in small)):
         starts, counts, parents = (small[f"levels.{i}.{name}"] for name in ("starts", "counts", "parents"))
@@ -20,7 +23,9 @@ def check_values(leaves: dict, num_keys: int, parts: int):
         require(starts.min() >= 0 and counts.min() >= 0 and ends.max() <= order.shape[2], f"level {i} leaves its rows")
         require((counts.sum(axis=2, dtype=np.int64) == num_keys).all(), f"level {i} does not hold {num_keys} keys")
         require(parents.min() >= 0 and parents.max() < above, f"level {i} has parents that do not exist")
-        require(np.isfinite(small[f"levels.{i}.centroids"]).all(), f"level {i} has centroids that are not finite")
+        for name in ("centroids", "steps", "offset", "spreads"):
+            numbers = small.get(f"levels.{i}.{name}", np.zeros(1, np.float32)).astype(np.float32)
+            require(np.isfinite(numbers).all(), f"level {i} has {name} that are not finite")
         if parts > 1:
             _check_parts(parts, (starts, counts, parents if i else None), (order.shape[2], above), i)
         if i:
@@ -31,7 +36,9 @@ def check_values(leaves: dict, num_keys: int, parts: int):
     if "thresholds" in small:
         grid = small["sparsities"]
         require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
-        require(not np.isnan(small["thresholds"]).any(), "its thresholds are not numbers")
+        for name in ("thresholds", "block_thresholds"):
+            require(not np.isnan(small.get(name, 0)).any(), "its thresholds are not numbers")
+        require(np.isfinite(small.get("denominators", 0)).all(), "its denominators are not finite")
 
 
 def _check_parts(parts: int, level, sizes, i: int):

@@ -9,9 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from squeezejax.online.partial import MASKED, attend_cached, merge
-from squeezejax.online.select import split_heads
-from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.layout import split_heads
+from squeezejax.pallas_kernels.proof import proved
+from squeezejax.pallas_kernels.xla.dense import attend_cached
+from squeezejax.pallas_kernels.xla.softmax import MASKED, merge
 
 MOST_HEAD_DIM = 128  # cuDNN takes multiples of 8 up to this everywhere
 TOLERANCE = 2e-2
@@ -21,14 +22,7 @@ def usable(q, k) -> bool:
     """Whether cuDNN takes q [B T N H] over k [B T' K H], and has proved itself on this machine."""
     H, group = q.shape[3], q.shape[2] // k.shape[2]
     takes = q.dtype in (jnp.bfloat16, jnp.float16) and k.dtype == q.dtype and H % 8 == 0 and H <= MOST_HEAD_DIM
-    return jax.default_backend() == "gpu" and takes and registry.proved(agrees, H, group, str(q.dtype))
-
-
-def attend_chunk(q, k, v, start, *, before=None):
-    """`attend_cached` of q [1 T N H] over k, v [1 T' K H], by cuDNN where it is usable."""
-    if usable(q, k):
-        return attend_fused(q, k, v, start, before=before)
-    return attend_cached(q, k, v, start, before=before)
+    return jax.default_backend() == "gpu" and takes and proved(agrees, H, group, str(q.dtype))
 
 
 def attend_fused(q, k, v, start, *, before=None, implementation: str = "cudnn"):

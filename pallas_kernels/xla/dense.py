@@ -1,0 +1,88 @@
+"""Dense attention in plain XLA: causal over whole sequences, causal over a cache, and over every row of a layer."""
+
+import jax
+import jax.numpy as jnp
+
+from squeezejax.pallas_kernels.layout import split_heads
+from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, merge, partial_attention
+
+
+def causal_attention(q, k, v, *, block: int = 256):
+    """Dense causal attention of q [B T N H] over k, v [B T K H] -> f32[B T N H], in blocks of query tokens.
+
+    Memory for scores is N · block · T floats a sequence, not N · T².
+    """
+    B, T, N, H = q.shape
+    block = min(block, T)
+    padded = jnp.pad(q, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
+
+    def one(start):
+        rows = start + jnp.arange(block)
+        mask = jnp.broadcast_to(jnp.arange(T)[None, :] <= rows[:, None], (B, block, T))
+        part = jax.lax.dynamic_slice_in_dim(padded, start, block, axis=1)
+        return partial_attention(split_heads(part, k.shape[2]), k, v, mask)[0]
+
+    out = jax.lax.map(jax.checkpoint(one), jnp.arange(0, padded.shape[1], block))  # [blocks B block K G H]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
+
+
+def attend_cached(q, k, v, start, *, before=None, chunk: int = 1024):
+    """Causal attention of q [1 T N H], tokens from position `start` on, over k, v [1 T' K H] -> f32[1 T N H].
+
+    Keys are read in chunks up to the last one that q may see, so the work grows with `start`, which may be traced.
+    `before` is a partial result, (out [1 T K G H], lse), over keys that come before these.
+    """
+    _, T, N, H = q.shape
+    R, K = k.shape[1:3]
+    chunk = min(chunk, R)
+    groups = split_heads(q, K)
+    row = start + jnp.arange(T)
+
+    def step(i, partial):
+        # The last chunk is moved back to end with the cache; rows already seen are masked.
+        first = jnp.minimum(i * chunk, R - chunk)
+        column = first + jnp.arange(chunk)
+        mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
+        part = [jax.lax.dynamic_slice_in_dim(cache, first, chunk, axis=1) for cache in (k, v)]
+        return merge(partial, partial_attention(groups, *part, mask[None]))
+
+    nothing = (jnp.zeros(groups.shape, jnp.float32), jnp.full(groups.shape[:-1], MASKED))
+    out, _ = jax.lax.fori_loop(0, (start + T + chunk - 1) // chunk, step, before or nothing)
+    return out.reshape(1, T, N, H)
+
+
+def attend_all(q, keys, values, valid, layer, *, chunk: int = 512):
+    """Dense attention over every valid row of one layer -> (out f32[B K M H], lse f32[B K M]).
+
+    q [B K M H]; keys, values [L K R H]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
+    """
+    B, K, M, H = q.shape
+    R = keys.shape[2]
+    chunk = min(chunk, R)
+    q = q.transpose(1, 0, 2, 3).reshape(K, B * M, H)
+
+    def step(i, state: Softmax) -> Softmax:
+        # The last chunk is moved back to end with the cache; rows already seen are masked.
+        first = jnp.minimum(i * chunk, R - chunk)
+        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]
+        mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
+        mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
+        k, v = (read_rows(take, cache, i).astype(q.dtype) for cache in (keys, values))
+        return state.add(q, k, v, mask)
+
+    out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
+    return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
+
+
+def read_rows(take, cache, step):
+    """take(cache), rows of a cache, inside a loop that counts `step`."""
+    if cache.dtype.itemsize != 2:
+        return take(cache)
+
+    def as_integers(cache):
+        # Before JAX 0.11 XLA's CPU backend widens all of a 16-bit float cache before the loop that reads rows of it, at
+        # many times the cost of the loop. It leaves integers alone, and the barrier keeps it from making them early.
+        cache, _ = jax.lax.optimization_barrier((cache, step))
+        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(cache, jnp.uint16)), cache.dtype)
+
+    return jax.lax.platform_dependent(cache, cpu=as_integers, default=take)

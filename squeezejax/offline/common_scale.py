@@ -1,0 +1,233 @@
+"""Our rule, calibrated: every query of the window by itself, as decoding selects, on the scale of one denominator.
+
+Three things come of the window's queries (docs/method.md, Calibration):
+
+- for every query head, how the denominator that clusters give has to be corrected, log true ≈ a + b · log estimated;
+- the finest level's threshold for every sparsity: a quantile of the scores of all keys to all queries;
+- the thresholds of the levels above, so low that they lose `config.coarse_loss` of what the finest would keep.
+
+Scores are counted in bins, so that memory does not grow with the context; a bin is far narrower than 1e-3 of a score.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.mesh import sharding
+from squeezejax.offline.thresholds import GRID
+from squeezejax.pallas_kernels import codes
+from squeezejax.pallas_kernels.xla import common_scale
+from squeezejax.pallas_kernels.xla.lists import cluster_of_rows
+from squeezejax.pallas_kernels.xla.softmax import MASKED
+from squeezejax.tree import Tree
+
+LOWEST, HIGHEST = -64.0, 16.0  # log A that are told apart; lower ones are never wanted, save by sparsity 0
+FINE = 2048  # bins a nat
+COARSE = 8  # bins a nat of the joint counts, of scores of two levels
+CHUNK = 4096  # rows scored at once
+PULL = 0.02  # towards b = 1, as a variance of log denominators
+
+
+class _Counts(NamedTuple):
+    """Keys by score, over all heads of a layer: twice, to every query by itself, and to the mean of all."""
+
+    finest: jax.Array  # f32[2 bins]
+    joint: jax.Array  # f32[2, levels above, bins of the finest level, bins of that level]
+
+
+def table(tree: Tree, queries) -> dict[str, jax.Array]:
+    """The fields of a calibrated tree: sparsities, thresholds and denominators; queries [L N W H]."""
+    denominators, total = [], None
+    for layer in range(tree.num_layers):
+        fitted, counts = _count_layer(tree, queries[layer], jnp.int32(layer))
+        denominators.append(fitted)
+        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
+        total = counts if total is None else jax.tree.map(np.add, total, counts)
+    one, block = (
+        _thresholds(finest, joint, GRID.astype(np.float64), tree.config.coarse_loss)
+        for finest, joint in zip(*total, strict=True)
+    )
+    return {
+        "sparsities": jnp.asarray(GRID),
+        "thresholds": jnp.asarray(one, jnp.float32),
+        "block_thresholds": jnp.asarray(block, jnp.float32),
+        "denominators": jnp.stack(denominators),
+    }
+
+
+@jax.jit
+def _count_layer(tree: Tree, queries, layer):
+    """(denominators f32[K G 2], `_Counts`) of one layer, whole on every device; queries [N W H]."""
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return _count_here(tree, queries, layer)
+    whole, heads = sharding.spec(mesh, ""), sharding.spec(mesh, "K")
+    axes = tuple(axis for axis in ("model", "context") if sharding.size_of(mesh, axis) > 1)
+
+    def count_shard(*args):
+        fitted, counts = _count_here(*args, context=sharding.context_axis(mesh))
+        return fitted, jax.tree.map(lambda x: jax.lax.psum(x, axes), counts) if axes else counts
+
+    in_specs = (sharding.specs(mesh, tree), heads, whole)
+    call = sharding.map_shards(count_shard, mesh, in_specs, (heads, whole))
+    fitted, counts = call(sharding.local_numbers(tree), queries, layer)
+    return sharding.constrain(tree, fitted, ""), counts
+
+
+def _count_here(tree: Tree, queries, layer, context: str | None = None):
+    """`_count_layer` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
+    K = tree.num_kv_heads
+    H = queries.shape[-1]
+    q = queries.reshape(K, -1, *queries.shape[1:]).swapaxes(1, 2)  # [K W G H]
+
+    def one_head(head):
+        here = jax.tree.map(lambda leaf: leaf[layer, head], _read_by(tree))
+        plain = q[head].reshape(-1, H).astype(jnp.float32) / np.sqrt(H)
+        return _count_head(tree.config, here, plain, q.shape[1:3], context)
+
+    # One head after another, also on accelerators: a head's scores of all queries are large.
+    fitted, counts = jax.lax.map(one_head, jnp.arange(K))
+    return fitted, jax.tree.map(lambda x: jnp.sum(x, axis=0), counts)
+
+
+class _Head(NamedTuple):
+    """What calibration reads of a head."""
+
+    levels: tuple
+    rows: "_Rows"
+    sinks: jax.Array  # [s H]
+
+
+class _Rows(NamedTuple):
+    """And of its rows."""
+
+    keys: jax.Array  # [R H]
+    order: jax.Array  # i32[R], −1 = padding
+    key_codes: jax.Array | None
+    key_steps: jax.Array | None
+
+
+def _read_by(tree: Tree) -> _Head:
+    sinks = tree.window_keys[:, :, : tree.config.sinks]
+    return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), sinks)
+
+
+def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str | None):
+    """(denominators f32[G 2], `_Counts`) of one head; plain f32[W·G H], queries over √H; shape (W, G)."""
+    W, G = shape
+    turned = codes.rotate(plain)
+    half_square = jnp.sum(plain * plain, axis=1) / 2
+    product = functools.partial(jnp.einsum, "RH,MH->RM", precision=jax.lax.Precision.HIGHEST)
+    sink_scores = product(here.sinks.astype(jnp.float32), plain)
+    dots = [common_scale.cluster_dots(level, plain, turned) for level in here.levels]
+    scores = [
+        dots + level.spreads.astype(jnp.float32)[:, None] * half_square[None, :]
+        for dots, level in zip(dots, here.levels, strict=True)
+    ]
+    finest = here.levels[-1]
+    cluster = cluster_of_rows(finest.starts, finest.counts, len(here.rows.order))
+    rows, cluster = _in_chunks(here.rows, -1), _in_chunks(jnp.maximum(cluster, 0), 0)
+
+    # The denominator from clusters, and what makes it the true one.
+    def mass(rows: _Rows):
+        exact = jnp.where((rows.order >= 0)[:, None], product(rows.keys.astype(jnp.float32), plain), MASKED)
+        return jax.nn.logsumexp(exact, axis=0)
+
+    lse = common_scale.denominator(scores[0], here.levels[0].counts, sink_scores, context)
+    by_chunk = jax.lax.map(mass, rows)
+    true = common_scale.denominator(by_chunk, jnp.ones(len(by_chunk), jnp.int32), sink_scores, context)
+    fitted = _fit(lse.reshape(W, G), true.reshape(W, G))
+    lse = common_scale.correct(lse.reshape(W, G), fitted[None]).reshape(-1)
+
+    # log A of every level's clusters, then of keys, to one query at a time, [items W], and to all of them, [items 1].
+    def log_mean(scores):
+        each = jax.nn.logsumexp((scores - lse[None, :]).reshape(-1, W, G), axis=2) - np.log(G)
+        return each, jax.nn.logsumexp(each, axis=1, keepdims=True) - np.log(W)
+
+    log_A = [log_mean(of_level) for of_level in scores]
+
+    def count(total: _Counts, chunk) -> tuple[_Counts, None]:
+        rows, cluster = chunk
+        if config.key_bits:
+            residual = product(codes.unpack(rows.key_codes, plain.shape[1]), turned)
+            of_rows = log_mean(dots[-1][cluster] + residual * rows.key_steps.astype(jnp.float32)[:, None])
+        else:
+            of_rows = [x[cluster] for x in log_A[-1]]
+        owners = [cluster]  # of the rows, by level
+        for level in here.levels[:0:-1]:
+            owners.insert(0, level.parents[owners[0]])
+        above = list(zip(log_A, owners, strict=True))[: total.joint.shape[1]]
+        live = (rows.order >= 0).astype(jnp.float32)[:, None]
+        finest = jnp.stack([_count(x, live) for x in of_rows])
+        joint = [[_count_pairs(x, scores[i][owner], live) for scores, owner in above] for i, x in enumerate(of_rows)]
+        return _Counts(total.finest + finest, total.joint + (jnp.array(joint) if above else 0.0)), None
+
+    size = _num_bins(COARSE)
+    nothing = _Counts(jnp.zeros((2, _num_bins(FINE))), jnp.zeros((2, config.num_thresholds - 1, size, size)))
+    return fitted, jax.lax.scan(count, nothing, (rows, cluster))[0]
+
+
+def _in_chunks(rows, order: int):
+    """Arrays [R …] as [R/CHUNK CHUNK …], filled up with zeros; an array of integers with `order`."""
+
+    def cut(x):
+        size = min(CHUNK, x.shape[0])
+        filling = order if x.dtype == jnp.int32 else 0
+        widths = ((0, -x.shape[0] % size),) + ((0, 0),) * (x.ndim - 1)
+        return jnp.pad(x, widths, constant_values=jnp.asarray(filling, x.dtype)).reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(cut, rows)
+
+
+def _fit(estimated, true):
+    """(a, b) f32[G 2] by least squares, b pulled towards 1; estimated, true f32[W G]."""
+    mean_x, mean_y = jnp.mean(estimated, axis=0), jnp.mean(true, axis=0)
+    x, y = estimated - mean_x[None], true - mean_y[None]
+    b = (jnp.mean(x * y, axis=0) + PULL) / (jnp.mean(x * x, axis=0) + PULL)
+    return jnp.stack([mean_y - b * mean_x, b], axis=1)
+
+
+def _num_bins(per_nat: int) -> int:
+    return int((HIGHEST - LOWEST) * per_nat)
+
+
+def _bin(log_A, per_nat: int):
+    return jnp.clip(jnp.floor((log_A - LOWEST) * per_nat), 0, _num_bins(per_nat) - 1).astype(jnp.int32)
+
+
+def _count(log_A, weights):
+    """Weights f32[J 1] summed by the bin of log A f32[J n]."""
+    return jnp.zeros(_num_bins(FINE)).at[_bin(log_A, FINE)].add(jnp.broadcast_to(weights, log_A.shape))
+
+
+def _count_pairs(finest, above, weights):
+    """The same by pairs of bins, of the finest level and of one above."""
+    n = _num_bins(COARSE)
+    pairs = _bin(finest, COARSE) * n + _bin(above, COARSE)
+    return jnp.zeros(n * n).at[pairs].add(jnp.broadcast_to(weights, pairs.shape)).reshape(n, n)
+
+
+def _thresholds(finest, joint, grid, loss: float) -> np.ndarray:
+    """log T f64[levels P] at the sparsities of a grid, from counts as in `_Counts`."""
+    edges = LOWEST + np.arange(_num_bins(FINE) + 1) / FINE
+    above = np.concatenate([np.cumsum(finest[::-1])[::-1], [0.0]])  # keys at or above each edge
+    total = max(above[0], 1.0)
+    # What levels above will lose, the finest makes up for.
+    wanted = (1 - grid) * total
+    share = min(1.0, len(joint) * loss)
+    wanted = np.minimum(wanted / (1 - share), total)
+    # The lowest edge with no more than that at or above it; −∞ for everything.
+    at = np.argmax(above[None, :] <= wanted[:, None] * (1 + 1e-12), axis=1)
+    rows = [np.where(wanted >= total, -np.inf, edges[at])]
+    coarse_edges = LOWEST + np.arange(_num_bins(COARSE) + 1) / COARSE
+    for counts in joint[::-1]:
+        kept = np.cumsum(counts[::-1], axis=0)[::-1]  # by bin of the level above, keys in or above a bin of the finest
+        first = np.clip(np.floor((np.maximum(rows[-1], LOWEST) - LOWEST) * COARSE).astype(int), 0, len(kept) - 1)
+        lost = np.cumsum(kept[first], axis=1)
+        below = np.argmax(lost > loss * lost[:, -1:], axis=1)  # bins below this one lose no more than `loss`
+        row = np.where(below == 0, -np.inf, coarse_edges[below])
+        rows.insert(0, np.where(np.isinf(rows[-1]), -np.inf, row))
+    return np.stack(rows)

@@ -1,0 +1,43 @@
+"""The table of thresholds, looked up at any sparsity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from squeezejax.tree import Tree
+
+GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
+
+
+def log_thresholds(tree: Tree, sparsity) -> jax.Array:
+    """log T f32[levels], coarse → fine, at `sparsity` f32[], which may be traced, for one query token.
+
+    sparsity ≤ 0 gives −∞ (every key kept), as NaN does under a trace, ≥ 1 gives +∞ (only what is always read is
+    attended). Between grid points thresholds are interpolated linearly, not their logarithms. With codes of keys there
+    is one more threshold, the last, for single keys. Raises ValueError for a tree that is not calibrated.
+    """
+    return _look_up(tree, sparsity, tree.thresholds)
+
+
+def block_log_thresholds(tree: Tree, sparsity) -> jax.Array | None:
+    """`log_thresholds` for W query tokens that select together; None where the tree makes no difference."""
+    return None if tree.block_thresholds is None else _look_up(tree, sparsity, tree.block_thresholds)
+
+
+def _look_up(tree: Tree, sparsity, table) -> jax.Array:
+    p = jnp.asarray(sparsity, jnp.float32)
+    if p.ndim:
+        raise ValueError(f"sparsity must be one number, got shape {p.shape}")
+    if table is None or tree.sparsities is None:
+        raise ValueError("the tree has no thresholds: call squeezejax.calibrate(tree, queries) first")
+    grid = tree.sparsities
+    p = jnp.where(jnp.isnan(p), 0.0, p)
+    inside = jnp.clip(p, 0.0, 1.0)
+    # The first grid point that reaches p, so that the one before lies below it also where ones pad the grid.
+    right = jnp.maximum(jnp.searchsorted(grid, inside), 1)
+    left = right - 1
+    weight = (inside - grid[left]) / (grid[right] - grid[left])
+    low, high = table[:, left], table[:, right]
+    top = jnp.maximum(jnp.maximum(low, high), jnp.finfo(jnp.float32).min)  # finite: −∞ − −∞ would be NaN
+    log_T = top + jnp.log((1 - weight) * jnp.exp(low - top) + weight * jnp.exp(high - top))
+    return jnp.where(p <= 0, -jnp.inf, jnp.where(p >= 1, jnp.inf, log_T))

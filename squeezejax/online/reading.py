@@ -1,0 +1,93 @@
+"""From what a caller asks for, a sparsity, thresholds, estimates, to the `Reading` that backends follow."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from squeezejax.arguments import concrete
+from squeezejax.offline.thresholds import block_log_thresholds
+from squeezejax.offline.thresholds import log_thresholds as log_thresholds_at
+from squeezejax.online.fallback import dense_if_cheaper
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.interface import Reading
+from squeezejax.tree import Tree
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What centroids are to tell of the keys that are not read (estimate.py); without one, nothing is estimated.
+
+    Attributes:
+      min_mass: f32[] in (0, 1], may be traced: in place of a sparsity, every selection keeps the fewest clusters that
+        hold this much of all clusters' estimated attention. None: thresholds choose.
+      tail: attention to what is not kept is estimated and added; needs `add_value_centroids(tree)`.
+
+    Any `Estimate`, also one without options, has `Generation.missed_mass` say how much was missed.
+    """
+
+    min_mass: jax.Array | float | None = None
+    tail: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+EVERY_KEY = Reading()  # dense attention
+
+
+def reading_of(
+    tree: Tree, *, sparsity=None, log_thresholds=None, estimate: Estimate | None = None, implementation=None
+) -> Reading:
+    """How to read `tree`, from the options of `attend` and `generate`.
+
+    Raises ValueError for options that exclude each other, are out of range, or need what the tree lacks;
+    NotImplementedError for an implementation that cannot run here or cannot estimate.
+    """
+    name = registry.resolve(implementation)
+    if estimate is None:
+        return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), implementation=name)
+    if not isinstance(estimate, Estimate):
+        raise ValueError(f"estimate must be a squeezejax.Estimate, such as Estimate(tail=True), got {estimate!r}")
+    if implementation not in (None, "xla"):
+        raise NotImplementedError("estimates run as plain XLA: use implementation=None or 'xla'")
+    if estimate.tail and any(level.value_centroids is None for level in tree.levels):
+        raise ValueError("tail=True needs a tree with value centroids: tree = squeezejax.add_value_centroids(tree)")
+    options = {"tail": bool(estimate.tail), "missed_mass": True, "implementation": "xla"}
+    if estimate.min_mass is None:
+        return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), **options)
+    if sparsity is not None or log_thresholds is not None:
+        raise ValueError("give min_mass, sparsity or log_thresholds, not two of them")
+    if concrete(estimate.min_mass) and not 0 < estimate.min_mass <= 1:
+        raise ValueError(f"min_mass must be above 0 and at most 1, got {estimate.min_mass}")
+    min_mass = jnp.asarray(estimate.min_mass, jnp.float32)
+    if min_mass.ndim:
+        raise ValueError(f"min_mass must be one number, got shape {min_mass.shape}")
+    return Reading(min_mass=min_mass, **options)
+
+
+def dense_reading(implementation: str | None) -> Reading:
+    """Every key, by a named backend or the best."""
+    return dataclasses.replace(EVERY_KEY, implementation=registry.resolve(implementation))
+
+
+def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None = None) -> tuple:
+    """(log T f32[levels] of one token, the same of W tokens or None), from explicit values or a sparsity.
+
+    The tree's own sparsity is the default. A sparsity, where no implementation is named, becomes −∞ if dense attention
+    is expected to be faster.
+    """
+    if log_thresholds is None:
+        sparsity = tree.config.sparsity if sparsity is None else sparsity
+        if concrete(sparsity) and math.isnan(sparsity):
+            raise ValueError("sparsity must be a number, got NaN")
+        found = log_thresholds_at(tree, sparsity), block_log_thresholds(tree, sparsity)
+        cheaper = lambda log_T: None if log_T is None else dense_if_cheaper(tree, sparsity, log_T)
+        return tuple(map(cheaper, found)) if implementation is None else found
+    if sparsity is not None:
+        raise ValueError("give sparsity or log_thresholds, not both")
+    log_T = jnp.asarray(log_thresholds, jnp.float32)
+    wanted = tree.config.num_thresholds
+    if log_T.shape != (wanted,):
+        raise ValueError(f"log_thresholds must be f32[{wanted}], one a level, got shape {log_T.shape}")
+    return log_T, None
