@@ -23,7 +23,7 @@ import numpy as np
 
 from squeezejax.config import SqueezeConfig
 from squeezejax.mesh import sharding
-from squeezejax.offline.kmeans import kmeans
+from squeezejax.offline.kmeans import Clustering, cluster_levels
 from squeezejax.offline.shape import GRANULE, Shape, shape_clusters, shape_of
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
 
@@ -103,7 +103,14 @@ class Tree:
 
 
 def build_tree(
-    keys, values, config: SqueezeConfig, *, key=None, labels=None, implementation: str | None = None
+    keys,
+    values,
+    config: SqueezeConfig,
+    *,
+    key=None,
+    labels=None,
+    implementation: str | None = None,
+    clustering: Clustering | None = None,
 ) -> Tree:
     """Clusters a context's keys (spec.md, Offline 2-3; paper sections 3.1 and 3.3) into an uncalibrated tree.
 
@@ -111,7 +118,8 @@ def build_tree(
     `key` seeds K-means (default `jax.random.key(0)`). `labels` skips the clustering: a tuple coarse → fine, whose last
     entry i32[L K S] maps key → finest cluster and each earlier one i32[L K C_below] maps cluster → parent; C of a
     level is then the length of the next coarser entry, or else its largest label + 1, and clusters may be empty.
-    `implementation` of the clustering, as for `kmeans`.
+    `implementation` of the clustering, as for `kmeans`; `clustering`: metric, segments and steps, None = by direction,
+    all keys at once, the configuration's steps.
 
     Raises ValueError for shapes that do not fit, a context no longer than the window, keys to cluster that are not
     finite, and labels out of range. There are never fewer keys than clusters: C of a level is at most S.
@@ -124,7 +132,9 @@ def build_tree(
         if not isinstance(keys, jax.core.Tracer):
             for i in range(L):
                 check_finite(keys[i], values[i], i)
-        layers = [build_layer(keys[i], values[i], config, seeds[i], implementation) for i in range(L)]
+        layers = [
+            build_layer(keys[i], values[i], config, seeds[i], implementation, clustering=clustering) for i in range(L)
+        ]
     else:
         clusters = _check_labels(labels, keys, config)
         layers = [
@@ -134,43 +144,52 @@ def build_tree(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "first_row"))
+@functools.partial(jax.jit, static_argnames=("config", "implementation", "first_row", "clustering"))
 def build_layer(
-    keys, values, config: SqueezeConfig, key, implementation: str | None = None, first_row: int = 0
+    keys,
+    values,
+    config: SqueezeConfig,
+    key,
+    implementation: str | None = None,
+    first_row: int = 0,
+    clustering: Clustering | None = None,
 ) -> Tree:
     """`build_tree` for one layer: keys, values [K S+W H] -> a Tree whose arrays lack the axis L.
 
     `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it.
     """
-    build = functools.partial(_build_heads, config=config, implementation=implementation, first_row=first_row)
+    options = {"config": config, "implementation": implementation, "first_row": first_row, "clustering": clustering}
+    build = functools.partial(_build_heads, **options)
     return sharding.map_heads(build, keys, values, jax.random.split(key, keys.shape[0]))
 
 
+def clustering_of(config: SqueezeConfig) -> Clustering:
+    """How a configuration has keys clustered, unless the builder is told otherwise."""
+    return Clustering(
+        max_iterations=config.kmeans_iterations,
+        tolerance=config.kmeans_tolerance,
+        swap_rounds=config.kmeans_swap_rounds,
+    )
+
+
 def _build_heads(
-    keys, values, seeds, config: SqueezeConfig, implementation: str | None = None, first_row: int = 0
+    keys,
+    values,
+    seeds,
+    config: SqueezeConfig,
+    implementation: str | None = None,
+    first_row: int = 0,
+    clustering: Clustering | None = None,
 ) -> Tree:
     """`build_layer` with a random key a head."""
     S = keys.shape[1] - config.observation_window
     clusters = config.num_clusters(S)
-    options = {
-        "max_iterations": config.kmeans_iterations,
-        "tolerance": config.kmeans_tolerance,
-        "swap_rounds": config.kmeans_swap_rounds,
-        "implementation": implementation,
-    }
+    options = clustering or clustering_of(config)
 
     def cluster_head(rows, seed):  # rows [S H] -> labels, coarse → fine
-        *upper_seeds, fine_seed = jax.random.split(seed, config.num_levels)
         # K-means takes float32 and bfloat16; float16 widens exactly.
         rows = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
-        found = kmeans(rows, clusters[-1], key=fine_seed, **options)
-        labels = [found.labels]
-        weights = found.counts.astype(jnp.float32)
-        for C, upper_seed in zip(reversed(clusters[:-1]), reversed(upper_seeds), strict=True):
-            found = kmeans(found.centroids, C, key=upper_seed, weights=weights, **options)
-            weights = jax.ops.segment_sum(weights, found.labels, C)
-            labels.insert(0, found.labels)
-        return tuple(labels)
+        return cluster_levels(rows, clusters, key=seed, options=options, implementation=implementation)
 
     with jax.named_scope("cluster"):
         labels = jax.vmap(cluster_head)(keys[:, :S], seeds)

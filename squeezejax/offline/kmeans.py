@@ -5,6 +5,7 @@ and layers. lloyd.py has the iterations.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -16,6 +17,36 @@ from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
 
 METRICS = ("cosine", "euclidean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering:
+    """How rows are clustered; hashable. Raises ValueError for values that make no sense."""
+
+    metric: str = "cosine"  # or "euclidean": by distance to the mean of the cluster's rows, which may lie anywhere
+    # What the Euclidean metric multiplies a difference by, a number for each of the H dimensions; None = 1
+    dimension_weights: tuple[float, ...] | None = None
+    # Rows are cut into runs of about so many, each gets its share of the clusters and is clustered by itself: time
+    # grows with S · segment · C / S, not with S · C. None = all rows in one.
+    segment: int | None = None
+    max_iterations: int = 7  # as for `kmeans`, these three
+    swap_rounds: int = 5
+    tolerance: float = 0.0
+
+    def __post_init__(self):
+        if self.dimension_weights is not None:
+            object.__setattr__(self, "dimension_weights", tuple(float(w) for w in self.dimension_weights))
+        if self.metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, not {self.metric!r}.")
+        if self.metric == "cosine" and self.dimension_weights is not None:
+            raise ValueError("dimension_weights are for the Euclidean metric; for the cosine, weight the rows.")
+        if self.dimension_weights is not None and not all(0 <= w < math.inf for w in self.dimension_weights):
+            raise ValueError(f"dimension_weights must be finite and at least 0, got {self.dimension_weights}.")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"a segment has at least one row, not {self.segment}.")
+        if self.max_iterations < 0 or self.swap_rounds < 0:
+            counts = f"{self.max_iterations} and {self.swap_rounds}"
+            raise ValueError(f"max_iterations and swap_rounds are at least 0, not {counts}.")
 
 
 @partial(
@@ -70,58 +101,55 @@ def kmeans(
       ValueError: wrong rank or dtype, C outside 1 … S, a negative number of steps.
       NotImplementedError: a named implementation that cannot run here, or cannot take rows of this head size.
     """
-    return cluster(
-        x,
-        num_clusters,
-        key=key,
-        weights=weights,
-        max_iterations=max_iterations,
-        swap_rounds=swap_rounds,
-        tolerance=tolerance,
-        implementation=implementation,
-    )
+    options = Clustering(max_iterations=max_iterations, swap_rounds=swap_rounds, tolerance=tolerance)
+    return cluster(x, num_clusters, key=key, weights=weights, options=options, implementation=implementation)
 
 
 def cluster(
-    x,
-    num_clusters,
-    *,
-    key,
-    metric: str = "cosine",
-    dimension_weights=None,
-    segment: int | None = None,
-    weights=None,
-    max_iterations=7,
-    swap_rounds=5,
-    tolerance=0.0,
-    implementation: str | None = None,
+    x, num_clusters, *, key, weights=None, options: Clustering | None = None, implementation: str | None = None
 ) -> KMeans:
-    """`kmeans` in either metric, and by segments where there are too many rows for every centre to meet every row.
+    """`kmeans` in either metric, of all rows at once or segment by segment, as `options` say (None: as `kmeans` does).
 
-    Args:
-      x, num_clusters, key, weights, max_iterations, swap_rounds, tolerance, implementation: as for `kmeans`; the
-        Hopper kernel knows the cosine only, and `implementation` means nothing to the Euclidean metric.
-      metric: "cosine" or "euclidean": distance to the mean of the cluster's rows, which may lie anywhere.
-      dimension_weights: f32[H] or None: what the Euclidean metric multiplies differences by, dimension by dimension.
-      segment: rows of a segment, about; None = all in one. Rows are cut into runs of equal length (give or take one),
-        each gets its share of the clusters and is clustered by itself: the time grows with S · segment · C / S.
+    x, num_clusters, key and weights are as for `kmeans`. The Hopper kernel knows the cosine only: `implementation`
+    means nothing to the Euclidean metric, which is plain XLA.
 
-    Raises ValueError and NotImplementedError as `kmeans`, and ValueError for an unknown metric, weights of dimensions
-    for the cosine, and a segment without rows.
+    Raises ValueError and NotImplementedError as `kmeans`, and ValueError unless there is one weight a dimension.
     """
-    _check(x, num_clusters, weights, max_iterations, swap_rounds)
-    _check_metric(x, metric, dimension_weights, segment)
+    options = options or Clustering()
+    _check(x, num_clusters, weights, options)
     S, H = x.shape
     weights = jnp.ones(S, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
-    rounds = min(swap_rounds, max(max_iterations - 1, 0))  # a swap without a step after it would stay unassigned
+    # A swap without a step after it would stay unassigned.
+    rounds = min(options.swap_rounds, max(options.max_iterations - 1, 0))
     kernel = dims = None
-    if metric == "cosine":
+    if options.metric == "cosine":
         kernel = registry.assignment_kernel(registry.resolve(implementation), H)
     else:
-        dims = jnp.ones(H, jnp.float32) if dimension_weights is None else jnp.asarray(dimension_weights, jnp.float32)
-    segments = num_segments(S, num_clusters, segment)
-    steps = max_iterations - rounds
-    return _cluster(x, weights, key, tolerance, dims, num_clusters, rounds, steps, kernel, segments)
+        dims = jnp.asarray(options.dimension_weights or (1.0,) * H, jnp.float32)
+    segments = num_segments(S, num_clusters, options.segment)
+    steps = options.max_iterations - rounds
+    return _cluster(x, weights, key, options.tolerance, dims, num_clusters, rounds, steps, kernel, segments)
+
+
+def cluster_levels(
+    x, clusters: tuple[int, ...], *, key, options: Clustering | None = None, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """Labels of a hierarchy over rows x [S H], coarse → fine: of each cluster its parent, and i32[S] of each row.
+
+    clusters = C of each level, coarse → fine. The finest are clusters of rows, all others of the centroids below, which
+    count as often as they have rows.
+    """
+    *upper_keys, fine_key = jax.random.split(key, len(clusters))
+    found = cluster(x, clusters[-1], key=fine_key, options=options, implementation=implementation)
+    labels = [found.labels]
+    weights = found.counts.astype(jnp.float32)
+    for C, upper_key in zip(reversed(clusters[:-1]), reversed(upper_keys), strict=True):
+        found = cluster(
+            found.centroids, C, key=upper_key, weights=weights, options=options, implementation=implementation
+        )
+        weights = jax.ops.segment_sum(weights, found.labels, C)
+        labels.insert(0, found.labels)
+    return tuple(labels)
 
 
 def num_segments(num_rows: int, num_clusters: int, segment: int | None) -> int:
@@ -129,7 +157,7 @@ def num_segments(num_rows: int, num_clusters: int, segment: int | None) -> int:
     return 1 if segment is None else max(1, min(-(-num_rows // segment), num_clusters // 2))
 
 
-def _check(x, num_clusters, weights, max_iterations, swap_rounds):
+def _check(x, num_clusters, weights, options: Clustering):
     shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", type(x))
     if len(shape) != 2 or dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
@@ -139,19 +167,9 @@ def _check(x, num_clusters, weights, max_iterations, swap_rounds):
         raise ValueError(f"kmeans needs 1 to {x.shape[0]} clusters for {x.shape[0]} rows, not {num_clusters}.")
     if weights is not None and jnp.shape(weights) != x.shape[:1]:
         raise ValueError(f"kmeans takes one weight a row, [{x.shape[0]}], not {jnp.shape(weights)}.")
-    if max_iterations < 0 or swap_rounds < 0:
-        raise ValueError(f"max_iterations and swap_rounds are at least 0, not {max_iterations} and {swap_rounds}.")
-
-
-def _check_metric(x, metric, dimension_weights, segment):
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, not {metric!r}.")
-    if dimension_weights is not None and metric == "cosine":
-        raise ValueError("dimension_weights are for the Euclidean metric; multiply the rows by them for the cosine.")
-    if dimension_weights is not None and jnp.shape(dimension_weights) != x.shape[1:]:
-        raise ValueError(f"cluster takes one weight a dimension, [{x.shape[1]}], not {jnp.shape(dimension_weights)}.")
-    if segment is not None and segment < 1:
-        raise ValueError(f"a segment has at least one row, not {segment}.")
+    dims = options.dimension_weights
+    if dims is not None and len(dims) != shape[1]:
+        raise ValueError(f"dimension_weights has {len(dims)} entries, and rows have {shape[1]} dimensions.")
 
 
 @partial(jax.jit, static_argnames=("num_clusters", "rounds", "steps", "kernel", "segments"))
@@ -197,7 +215,9 @@ def _by_segments(partition, raw, weights, num_clusters: int, key, segments: int)
 
     def one(operands):
         place, inside, present, seed = operands
-        return partition(raw[place], jnp.where(inside, weights[place], 0.0), most, jax.random.fold_in(key, seed), present)
+        return partition(
+            raw[place], jnp.where(inside, weights[place], 0.0), most, jax.random.fold_in(key, seed), present
+        )
 
     operands = (place.astype(np.int32), inside, np.diff(first).astype(np.int32), np.arange(segments, dtype=np.int32))
     labels, ran = jax.lax.map(one, jax.tree.map(jnp.asarray, operands))

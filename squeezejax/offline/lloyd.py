@@ -1,4 +1,4 @@
-"""The iterations of K-means in either metric: k-means++ in batches, swap rounds that leave poor local optima, Lloyd steps.
+"""The iterations of K-means in either metric: k-means++ in batches, swap rounds against poor local optima, Lloyd steps.
 
 Letters as in kmeans.py; M candidates are drawn at once. Both metrics look for the centre of the highest score, and
 half the squared distance of a row is what its score lacks of the highest that a centre could have:
