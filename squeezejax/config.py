@@ -5,7 +5,6 @@ import itertools
 import math
 import numbers
 
-
 FALLBACK_QUERIES = 100  # calibration queries when there is no observation window
 
 
@@ -16,7 +15,7 @@ class SqueezeConfig:
     Raises ValueError, naming the field, for values that make no sense.
     """
 
-    cluster_fractions: tuple[float, ...] = (0.1,)  # clusters per clustered key, coarse → fine; one entry = flat
+    cluster_fractions: tuple[float, ...] = (0.05,)  # clusters per clustered key, coarse → fine; one entry = flat
     sinks: int = 4  # first tokens of the context: never clustered, always attended (docs/method.md, Sinks)
     observation_window: int = 100  # W, last tokens of the context: never clustered, always attended, calibrate T
     sparsity: float = 0.9  # default fraction of clustered keys to drop; any other can be asked for at call time
@@ -31,9 +30,12 @@ class SqueezeConfig:
     coarse_loss: float = 0.05  # score "variance": share of what the finest level keeps that levels above may lose
     coarse_margin: float = 4.0  # score "mean": the coarsest level keeps margin · (1 − sparsity) of calibration keys
     query_block: int | None = 128  # user tokens that share one selection in prefill; None = all of them
-    kmeans_iterations: int = 7  # Lloyd steps, those between swaps counted
+    # Keys are clustered in runs of about so many tokens, each by itself: time grows with the context, not with its
+    # square. None = all at once.
+    cluster_segment: int | None = 1024
+    kmeans_iterations: int = 4  # Lloyd steps, those between swaps counted
     kmeans_tolerance: float = 0.0  # relative gain in inertia below which Lloyd steps stop early
-    kmeans_swap_rounds: int = 5  # how many of the Lloyd steps, the first ones, are followed by swaps
+    kmeans_swap_rounds: int = 2  # how many of the Lloyd steps, the first ones, are followed by swaps
     # Finest clusters end at multiples of so many rows, which kernels fetch together. None = 8 for 16-bit keys, which
     # kernels read, where clusters have 16 keys or more on average; else 1, any size.
     cluster_granule: int | None = None
@@ -53,6 +55,9 @@ class SqueezeConfig:
             "score": "mean",
             "index_bits": 32,
             "key_bits": 0,
+            "cluster_segment": None,
+            "kmeans_iterations": 7,
+            "kmeans_swap_rounds": 5,
         }
         return cls(**{**fields, **changes})
 
@@ -61,8 +66,8 @@ class SqueezeConfig:
         object.__setattr__(self, "cluster_fractions", tuple(float(f) for f in self.cluster_fractions))
         fractions = self.cluster_fractions
         least = {"sinks": 0, "observation_window": 0, "query_block": 1, "kmeans_iterations": 0, "kmeans_swap_rounds": 0}
-        for name, smallest in (least | {"cluster_granule": 1}).items():
-            value, optional = getattr(self, name), name in ("query_block", "cluster_granule")
+        for name, smallest in (least | {"cluster_granule": 1, "cluster_segment": 2}).items():
+            value, optional = getattr(self, name), name in ("query_block", "cluster_granule", "cluster_segment")
             if value is None and optional:
                 continue
             if not isinstance(value, numbers.Integral):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from squeezejax.config import SqueezeConfig
 from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_bytes, local_device
 from squeezejax.mesh.sharding import mesh_of, size_of, spec
-from squeezejax.offline.build import build_layer, check_context_length
+from squeezejax.offline.build import build_layer, check_context_length, clustering_of
 from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
 from squeezejax.online.generate import empty_state
@@ -139,7 +139,7 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
     """
     model, dtype = params.config, params.embedding.dtype
     rows = jax.ShapeDtypeStruct((model.num_kv_heads, num_tokens, model.head_dim), dtype)
-    layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0)), rows, rows)
+    layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering_of(config)), rows, rows)
     stacked = lambda shape, dtype: jax.ShapeDtypeStruct((model.num_layers, *shape), dtype)
     divided = lambda leaf: stacked((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
     tree = dataclasses.replace(

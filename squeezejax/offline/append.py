@@ -18,12 +18,12 @@ from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.shape import shape_of
 from squeezejax.offline.squeeze import (
     cluster_layer,
+    clustering_for,
     embed_chunked,
     finish,
     hash_tokens,
     layer_work,
     prefill_layer,
-    weights_of,
     write_layer,
 )
 from squeezejax.tree import Level, Tree
@@ -59,7 +59,7 @@ def append(
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = min(config.observation_window or FALLBACK_QUERIES, length)
     sinks = tree.config.sinks
-    weights = weights_of(params, tree.context_length + length)
+    clustering = clustering_for(params, config, tree.context_length + length)
     report = Reporter(L, layer_work(params.config, length, config, tree), progress)
 
     x = embed_chunked(params, tokens)
@@ -73,7 +73,7 @@ def append(
             )
             offset = tree.levels[-1].offset
             offset = None if offset is None else offset[i]
-            part = cluster_layer(keys, values, i, config, seeds[i], weights, implementation, first_row, offset)
+            part = cluster_layer(keys, values, i, config, seeds[i], clustering, implementation, first_row, offset)
             layer = jax.block_until_ready(_join(tree, i, part))
             del keys, values, part
         grown = write_layer(grown, layer, i, L)
@@ -91,7 +91,9 @@ def _join(tree: Tree, index, part: Tree) -> Tree:
 
     The keys of `part` follow those of the tree in the context, and its window is the new one.
     """
-    whole = dataclasses.replace(tree, sparsities=None, thresholds=None, block_thresholds=None, denominators=None, context_hash=None)
+    whole = dataclasses.replace(
+        tree, sparsities=None, thresholds=None, block_thresholds=None, denominators=None, context_hash=None
+    )
     old, new = _packed(jax.tree.map(lambda leaf: leaf[index], whole)), _packed(part)
     S = old.num_keys + new.num_keys
     padding = padding_rows(S, old.keys.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 
 from squeezejax.config import SqueezeConfig
 from squeezejax.mesh import sharding
-from squeezejax.offline.kmeans import kmeans
+from squeezejax.offline.kmeans import Clustering, cluster_levels
 from squeezejax.offline.shape import Shape, shape_clusters, shape_of
 from squeezejax.pallas_kernels import codes, registry
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
@@ -38,7 +38,7 @@ def build_tree(
       labels: skips the clustering: a tuple coarse → fine, whose last entry i32[L K S] maps key → finest cluster and
         each earlier one i32[L K C_below] maps cluster → parent; C of a level is then the length of the next coarser
         entry, or else its largest label + 1, and clusters may be empty.
-      weights: f32[H], how much each dimension counts in the metric "slow" (default 1 each; `squeeze` knows which
+      weights: H numbers, how much each dimension counts in the metric "slow" (default 1 each; `squeeze` knows which
         dimensions the model's RoPE turns fast: `dimension_weights`).
       implementation: of the clustering, as for `kmeans`.
 
@@ -51,15 +51,15 @@ def build_tree(
     keys, values = jnp.asarray(keys), jnp.asarray(values)
     _check_keys(keys, values, config)
     L, H = keys.shape[0], keys.shape[3]
-    weights = jnp.ones(H) if weights is None else jnp.asarray(weights, jnp.float32)
-    if weights.shape != (H,):
-        raise ValueError(f"weights must be f32[H={H}], one a dimension, got shape {weights.shape}")
+    clustering = clustering_of(config, weights)
+    if weights is not None and len(weights) != H:
+        raise ValueError(f"weights must be H = {H} numbers, one a dimension, got {len(weights)}")
     if labels is None:
         seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
         if not isinstance(keys, jax.core.Tracer):
             for i in range(L):
                 check_finite(keys[i], values[i], i)
-        layers = [build_layer(keys[i], values[i], config, seeds[i], weights, implementation) for i in range(L)]
+        layers = [build_layer(keys[i], values[i], config, seeds[i], clustering, implementation) for i in range(L)]
     else:
         clusters = _check_labels(labels, keys, config)
         layers = [
@@ -69,23 +69,36 @@ def build_tree(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def dimension_weights(frequencies, num_tokens: int) -> np.ndarray:
-    """How much each dimension of a key counts in the metric "slow": f32[H], from RoPE's frequencies f32[H] in radians.
+def clustering_of(config: SqueezeConfig, weights=None) -> Clustering:
+    """How a configuration has keys clustered; `weights` as for `build_tree`."""
+    slow = config.cluster_metric == "slow"
+    return Clustering(
+        metric="euclidean" if slow else "cosine",
+        dimension_weights=tuple(weights) if slow and weights is not None else None,
+        segment=config.cluster_segment,
+        max_iterations=config.kmeans_iterations,
+        tolerance=config.kmeans_tolerance,
+        swap_rounds=config.kmeans_swap_rounds,
+    )
+
+
+def dimension_weights(frequencies, num_tokens: int) -> tuple[float, ...]:
+    """How much each dimension of a key counts in the metric "slow", from RoPE's frequencies f32[H] in radians a token.
 
     1 where it turns less than once over num_tokens tokens, 0.1 where it turns more often: there a key's position
     decides, and is noise to a cluster (benchmarks/NOTES, the index).
     """
     slow = np.asarray(frequencies, np.float64) * num_tokens < 2 * np.pi
-    return np.where(slow, 1.0, FAST_WEIGHT).astype(np.float32)
+    return tuple(np.where(slow, 1.0, FAST_WEIGHT).tolist())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation", "first_row"))
+@functools.partial(jax.jit, static_argnames=("config", "clustering", "implementation", "first_row"))
 def build_layer(
     keys,
     values,
     config: SqueezeConfig,
     key,
-    weights,
+    clustering: Clustering,
     implementation: str | None = None,
     first_row: int = 0,
     offset=None,
@@ -95,52 +108,35 @@ def build_layer(
     `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it. `offset` f32[K H] is the mean
     that codes leave out, where they are to be joined with others; by default that of these keys.
     """
-    build = functools.partial(_build_heads, config=config, implementation=implementation, first_row=first_row)
+    options = {"config": config, "clustering": clustering, "implementation": implementation, "first_row": first_row}
+    build = functools.partial(_build_heads, **options)
     seeds = jax.random.split(key, keys.shape[0])
-    by_head = jnp.broadcast_to(weights, (keys.shape[0], *weights.shape))
-    return sharding.map_heads(build, keys, values, seeds, by_head, *([] if offset is None else [offset]))
+    return sharding.map_heads(build, keys, values, seeds, *([] if offset is None else [offset]))
 
 
 def _build_heads(
     keys,
     values,
     seeds,
-    weights,
     offset=None,
     *,
     config: SqueezeConfig,
+    clustering: Clustering,
     implementation: str | None = None,
     first_row: int = 0,
 ) -> Tree:
-    """`build_layer` with a random key and weights f32[K H] a head."""
+    """`build_layer` with a random key a head."""
     rows = clustered(keys, config)
     S = rows.shape[1]
     clusters = config.num_clusters(S)
-    options = {
-        "max_iterations": config.kmeans_iterations,
-        "tolerance": config.kmeans_tolerance,
-        "swap_rounds": config.kmeans_swap_rounds,
-        "implementation": implementation,
-    }
 
-    def cluster_head(rows, seed, weights):  # rows [S H] -> labels, coarse → fine
-        *upper_seeds, fine_seed = jax.random.split(seed, config.num_levels)
+    def cluster_head(rows, seed):  # rows [S H] -> labels, coarse → fine
         # K-means takes float32 and bfloat16; float16 widens exactly.
         rows = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
-        if config.cluster_metric == "slow":
-            rows = rows.astype(jnp.float32)
-            rows = (rows - jnp.mean(rows, axis=0, keepdims=True)) * weights[None, :]
-        found = kmeans(rows, clusters[-1], key=fine_seed, **options)
-        labels = [found.labels]
-        masses = found.counts.astype(jnp.float32)
-        for C, upper_seed in zip(reversed(clusters[:-1]), reversed(upper_seeds), strict=True):
-            found = kmeans(found.centroids, C, key=upper_seed, weights=masses, **options)
-            masses = jax.ops.segment_sum(masses, found.labels, C)
-            labels.insert(0, found.labels)
-        return tuple(labels)
+        return cluster_levels(rows, clusters, key=seed, options=clustering, implementation=implementation)
 
     with jax.named_scope("cluster"):
-        labels = jax.vmap(cluster_head)(rows, seeds, weights)
+        labels = jax.vmap(cluster_head)(rows, seeds)
     return _arrange(keys, values, labels, clusters, config, shape_of(config, S, keys.dtype, first_row), offset)
 
 

@@ -19,8 +19,15 @@ from squeezejax.arguments import check_context
 from squeezejax.config import FALLBACK_QUERIES, SqueezeConfig
 from squeezejax.mesh import sharding
 from squeezejax.mesh.parts import split_layer
-from squeezejax.offline.build import build_layer, check_context_length, check_finite, dimension_weights
+from squeezejax.offline.build import (
+    build_layer,
+    check_context_length,
+    check_finite,
+    clustering_of,
+    dimension_weights,
+)
 from squeezejax.offline.calibrate import calibrate
+from squeezejax.offline.kmeans import Clustering
 from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.unfinished import Unfinished
 from squeezejax.online.attention import attend_context
@@ -63,7 +70,7 @@ def squeeze(
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
     digest = hash_tokens(tokens)
-    weights = weights_of(params, length)
+    clustering = clustering_for(params, config, length)
     report = Reporter(L, layer_work(params.config, length, config), progress)
 
     x = embed_chunked(params, tokens)
@@ -77,7 +84,7 @@ def squeeze(
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
         with report.spend("clustering"):
-            layer = cluster_layer(keys, values, i, config, seeds[i], weights, implementation)
+            layer = cluster_layer(keys, values, i, config, seeds[i], clustering, implementation)
             del keys, values  # as large as the layer, and not needed while the next one is read
         tree = write_layer(tree, layer, i, L)
         queries.append(q)
@@ -99,11 +106,10 @@ def _beside(x, layer: Tree) -> Tree:
     return layer if mesh is None else jax.device_put(layer, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
-def weights_of(params, num_tokens: int) -> jax.Array:
-    """How much each dimension of a key counts in the metric "slow", f32[H], for a context of num_tokens tokens."""
+def clustering_for(params, config: SqueezeConfig, num_tokens: int) -> Clustering:
+    """How keys of a context of num_tokens tokens are clustered; a model may say how fast RoPE turns its dimensions."""
     frequencies = getattr(params, "key_frequencies", None)
-    H = params.config.head_dim
-    return jnp.ones(H) if frequencies is None else jnp.asarray(dimension_weights(frequencies(), num_tokens))
+    return clustering_of(config, frequencies and dimension_weights(frequencies(), num_tokens))
 
 
 def cluster_layer(keys, values, index: int, *options) -> Tree:
