@@ -27,8 +27,8 @@ from squeezejax import SqueezeConfig, Tree, build_tree, calibrate, log_threshold
 from squeezejax.models import embedded
 from squeezejax.models.embedded import batches, text
 from squeezejax.offline.shape import GRANULE
-from squeezejax.pallas_kernels.xla.dense import causal_attention
 from squeezejax.online.scores import score_heads
+from squeezejax.pallas_kernels.xla.dense import causal_attention
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 FIRST_SEED = 200_000  # held out: training seeds are above a million

@@ -12,8 +12,8 @@ import squeezejax
 from benchmarks.gpu_trees import device_tree, find_thresholds
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
-from squeezejax.pallas_kernels import cudnn
 from squeezejax.online.generate import _prefill, empty_state
+from squeezejax.pallas_kernels import cudnn
 from squeezejax.pallas_kernels.xla.softmax import merge
 
 SHAPE_8B = LlamaConfig(

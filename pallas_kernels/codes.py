@@ -1,9 +1,9 @@
 """Numbers in few bits: rotated, rounded to one step a row, packed into bytes, and back.
 
 A row of H numbers is turned by a fixed orthogonal matrix, so that no dimension stands out, and rounded to
-(c − (2^b − 1)/2)·step with c = 0 … 2^b − 1: for one bit that is a sign and a length. Byte i of a row holds dimensions i,
-i + n, i + 2n, … of H filled up to a multiple of 8, so that unpacking gives runs of neighbours. The rounded numbers are
-*the* numbers: calibration, look-up and every backend score the same.
+(c − (2^b − 1)/2)·step with c = 0 … 2^b − 1: for one bit that is a sign and a length. Byte i of a row holds dimensions
+i, i + n, i + 2n, … of H filled up to a multiple of 8, so that unpacking gives runs of neighbours. The rounded numbers
+are *the* numbers: calibration, look-up and every backend score the same.
 """
 
 import functools
@@ -91,7 +91,7 @@ def _pack(levels, bits: int):
     size = bits * -(-H // 8)
     levels = jnp.pad(levels, [(0, 0)] * (levels.ndim - 1) + [(0, size * (8 // bits) - H)])
     parts = levels.reshape(*levels.shape[:-1], 8 // bits, size)
-    packed = jnp.zeros(parts.shape[:-2] + (size,), jnp.uint8)
+    packed = jnp.zeros((*parts.shape[:-2], size), jnp.uint8)
     for i in range(8 // bits):
         packed |= jax.lax.shift_left(parts[..., i, :], jnp.uint8(i * bits))
     return packed

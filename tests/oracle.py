@@ -136,11 +136,11 @@ class Case:
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def K(self):  # noqa: N802 - an axis letter
+    def K(self):
         return self.keys.shape[1]
 
     @property
-    def W(self):  # noqa: N802 - an axis letter
+    def W(self):
         return self.config.observation_window
 
     @property

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squeezejax import attend, log_thresholds
+from squeezejax.pallas_kernels.xla import attend as reference
 from squeezejax.pallas_kernels.xla.dense import attend_cached, causal_attention
 from squeezejax.pallas_kernels.xla.softmax import MASKED, merge, partial_attention
-from squeezejax.pallas_kernels.xla import attend as reference
 
 IMPLEMENTATIONS = ["xla", None]
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2, jnp.float16: 4e-3}

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from squeezejax.pallas_kernels import cudnn
+from squeezejax.pallas_kernels import cudnn, registry
+from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.pallas_kernels.xla.dense import attend_cached
 from squeezejax.pallas_kernels.xla.softmax import partial_attention
-from squeezejax.pallas_kernels.layout import split_heads
-from squeezejax.pallas_kernels import registry
 
 
 def chunk(dtype=jnp.float32):

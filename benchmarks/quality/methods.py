@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from squeezejax import SqueezeConfig, Tree, add_value_centroids, build_tree, calibrate, log_thresholds
 from squeezejax.online.estimate import Estimate, cluster_of_rows, descend
-from squeezejax.pallas_kernels.xla.softmax import merge
 from squeezejax.pallas_kernels.xla import attend as reference
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 CONFIG = SqueezeConfig(sparsity=0.9)  # of the trees; sparsities are settings of a run
 PAGE = 16  # keys of one of Quest's pages

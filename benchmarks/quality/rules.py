@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.quality.methods import CONFIG, SINKS, Choice, Fixed, Method, cluster_of_key, rounded, vector_read
 from squeezejax import SqueezeConfig
 from squeezejax.offline.calibrate import dropped_fractions
-from squeezejax.pallas_kernels.xla.softmax import merge
 from squeezejax.pallas_kernels.xla import attend as reference
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 # ---- Scores of clusters
 

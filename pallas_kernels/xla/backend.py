@@ -41,7 +41,7 @@ class Xla:
 
     def prefill(self, tree, q, own: Own, layer, reading: Reading, context: str | None = None) -> Attended:
         """Block by block of query tokens, each with a selection of its own."""
-        B, T, K, G, H = q.shape
+        T = q.shape[1]
         block = min(tree.config.query_block or T, T)
         num_blocks = -(-T // block)
         q = jnp.pad(q, ((0, 0), (0, num_blocks * block - T), (0, 0), (0, 0), (0, 0)))

@@ -38,7 +38,8 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None, estimate
     """One selection a user for rows q [B K M H], of which valid bool[B M] take part -> `Found`.
 
     A cluster is kept iff log A > its level's log T, of log_T f32[B levels (+ 1 for keys)], strictly and its parent is
-    kept, a key likewise. `estimate` asks for the mass of all that is not kept, `tail` for its attention, too, by mean values.
+    kept, a key likewise. `estimate` asks for the mass of all that is not kept, `tail` for its attention, too, by mean
+    values.
     """
     B, K, M, H = q.shape
     query = _query(q, valid, layer)
@@ -200,7 +201,7 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
 
     key_codes, leading axes [L·K R]; dots f32[U C M] of the finest clusters, values of the same; runs of rows.
     """
-    U, M, H = query.plain.shape
+    U, _, H = query.plain.shape
     R = key_codes.packed.shape[1]
     block, lane = min(BLOCK, R), jnp.arange(U)[:, None]
 

@@ -29,9 +29,9 @@ from squeezejax.tree import Tree
 class Explanation:
     """What each of the P passes that wrote an answer read, and on average every layer and head; NumPy arrays.
 
-    Context tokens are in their original order; the sinks, which are always read, come first, the window last. `attended` is a share of
-    the attention that was paid, `missed` of that which full attention would have paid from the same query: 0 for
-    a key that was kept. Attention is averaged over the query heads that share a key/value head.
+    Context tokens are in their original order; the sinks, which are always read, come first, the window last.
+    `attended` is a share of the attention that was paid, `missed` of that which full attention would have paid from the
+    same query: 0 for a key that was kept. Attention is averaged over the query heads that share a key/value head.
     """
 
     token_kept: np.ndarray  # f32[P S], share of layers and key/value heads that kept the key
@@ -62,8 +62,8 @@ def explain(
     """What an answer i32[n] to a question i32[T], both token ids, read of the context of `tree`.
 
     `sparsity`, `estimate` and `implementation` must be those with which the answer was generated: they decide which
-    keys were kept, the last only where None lets short contexts be read densely. The passes run as plain XLA, one token at a time as
-    in `decode`. Memory on the host: 12 (L·K + P) bytes a context token.
+    keys were kept, the last only where None lets short contexts be read densely. The passes run as plain XLA, one token
+    at a time as in `decode`. Memory on the host: 12 (L·K + P) bytes a context token.
 
     Raises ValueError for a tree of another model, token ids out of range and no tokens, NotImplementedError for a tree
     that lies on several devices.

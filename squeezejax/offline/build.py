@@ -105,8 +105,8 @@ def build_layer(
 ) -> Tree:
     """`build_tree` for one layer: keys, values [K sinks+S+W H] -> a Tree whose arrays lack the axis L.
 
-    `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it. `offset` f32[K H] is the mean
-    that codes leave out, where they are to be joined with others; by default that of these keys.
+    `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it. `offset` f32[K H] is the
+    mean that codes leave out, where they are to be joined with others; by default that of these keys.
     """
     options = {"config": config, "clustering": clustering, "implementation": implementation, "first_row": first_row}
     build = functools.partial(_build_heads, **options)

@@ -51,8 +51,8 @@ def squeeze(
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
 
-    tokens i32[sinks+S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the same
-    key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
+    tokens i32[sinks+S+W], the context from its first token on. `key` seeds K-means (default `jax.random.key(0)`): the
+    same key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
     `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
     there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
     the hidden states of the context together, and must not belong to another build. `implementation` of the

@@ -117,7 +117,7 @@ def attend_context(tree: Tree, q, layer):
 
     Gives (out f32[B T K G H], lse f32[B T K G]).
     """
-    B, T, N, H = q.shape
+    B, _, _, H = q.shape
     nothing = jnp.zeros((B, 1, tree.num_kv_heads, H), q.dtype)
     zeros = jnp.zeros(B, jnp.int32)
     # Rows in use: none; every query token takes part in no mean, and attends to the fixed context alone.

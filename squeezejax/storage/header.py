@@ -1,6 +1,7 @@
 """The header of a tree file: what it holds, how it is written, and reading it without trust in any of it.
 
-VERSION grows whenever a file can hold what earlier readers do not know. Every version keeps the beginning (`_BEGINNING`), so that readers can tell a newer file from a damaged one.
+VERSION grows whenever a file can hold what earlier readers do not know. Every version keeps the beginning
+(`_BEGINNING`), so that readers can tell a newer file from a damaged one.
 """
 
 import dataclasses
