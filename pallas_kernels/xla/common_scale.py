@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.pallas_kernels import codes
-from squeezejax.pallas_kernels.xla.levelwise import map_over
 from squeezejax.pallas_kernels.xla.lists import Found, Rows, Runs, expand_owned, kept_runs
-from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax
+from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over
 
 BLOCK = 1024  # listed clusters or keys scored at once by a lane: their codes and scores stay in cache
 

@@ -7,9 +7,9 @@ stands for everything below it.
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.xla.levelwise import aligned, centroid_dots, map_over, score_clusters
+from squeezejax.pallas_kernels.xla.levelwise import aligned, centroid_dots, score_clusters
 from squeezejax.pallas_kernels.xla.lists import Found, kept_runs
-from squeezejax.pallas_kernels.xla.softmax import MASKED
+from squeezejax.pallas_kernels.xla.softmax import MASKED, map_over
 
 
 def select(tree, q, valid, layer, reading) -> Found:

@@ -32,7 +32,7 @@ from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.unfinished import Unfinished
 from squeezejax.online.attention import attend_context
 from squeezejax.pallas_kernels import registry
-from squeezejax.pallas_kernels.xla.dense import attend_cached
+from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.plan import check_build_fits
 from squeezejax.tree import Tree
 
@@ -179,11 +179,7 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
         written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
-        if sharding.mesh_of(params) is None:
-            backend = registry.choose(registry.resolve(None), "attend_chunk", q, written[0])
-            return (written, q[0]), backend.attend_chunk(q, written[0], written[1], start, context)
-        # The library's kernel would have to be told how a mesh splits tokens and heads.
-        return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
+        return (written, q[0]), _attend_chunk(params, q, written, start, context)
 
     first = 0 if before is None else before.context_length
     part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
@@ -193,6 +189,35 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
     part, (cache, q) = params.apply_layer(layer, part, positions, attend)
     x = jax.lax.dynamic_update_slice_in_dim(x, sharding.constrain(params, part, "BTE"), start, axis=1)
     return sharding.constrain(params, x, "BTE"), cache, q
+
+
+def _attend_chunk(params, q, cache, start, before):
+    """Dense causal attention of q [1 T N H] from position `start` on over a cache [2 1 T' K H] -> f32[1 T N H].
+
+    `before`, (out [1 T K G H], lse), is the attention to a context that comes before. On a mesh every device takes its
+    heads and its share of the tokens.
+    """
+    backend = registry.choose(registry.resolve(None), "attend_chunk", q, cache[0])
+    mesh = sharding.mesh_of(params)
+    if mesh is None:
+        return backend.attend_chunk(q, cache[0], cache[1], start, before)
+    by_token = sharding.spec(mesh, "BXNH", q.shape)
+    splits = by_token[1] or ()
+    splits = (splits,) if isinstance(splits, str) else splits
+    if before is not None:  # by query heads, which several devices of a group share
+        before = before[0].reshape(q.shape), before[1].reshape(q.shape[:-1])
+
+    def attend_here(q, cache, start, before):
+        K = cache.shape[3]
+        if before is not None:
+            before = split_heads(before[0], K), before[1].reshape(*q.shape[:2], K, -1)
+        start += jax.lax.axis_index(splits) * q.shape[1] if splits else 0
+        return backend.attend_chunk(q, cache[0], cache[1], start, before)
+
+    whole, of_cache = sharding.spec(mesh, ""), sharding.spec(mesh, "2BTKH", cache.shape)
+    of_before = None if before is None else (by_token, sharding.spec(mesh, "BXN", q.shape[:-1]))
+    call = sharding.map_shards(attend_here, mesh, (by_token, of_cache, whole, of_before), by_token)
+    return call(q, cache, jnp.asarray(start, jnp.int32), before)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"), keep_unused=True)
