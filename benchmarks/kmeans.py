@@ -1,10 +1,11 @@
-"""K-means on CPU: time and inertia of squeezejax, scikit-learn and faiss on the same rows.
+"""K-means on CPU: time and inertia of squeezejax, scikit-learn and faiss on the same rows; by distance and segments.
 
     python -m benchmarks.kmeans [--python PYTHON] [--cases 4096x64 ...] [--rounds 3]
 
 scikit-learn and faiss-cpu are optional; --python names an interpreter that has them, if it is not this one. Every
 library has a process of its own (two OpenMP runtimes in one process wait for each other) and all run in turn.
-Writes benchmarks/results/kmeans-<date>.json and prints the table.
+Then squeezejax by itself: 5 % by cosine, and 10 % by distance of all rows at once and by segments, in turn as well.
+--segments leaves the other libraries out. Writes benchmarks/results/kmeans-<date>.json and prints the tables.
 """
 
 import argparse
@@ -24,6 +25,15 @@ from benchmarks import timing
 HEADS = 4
 FRACTION = 0.05
 CASES = ("4096x128", "16384x128", "4096x64", "16384x64")
+SEGMENT_CASES = ("4096x64", "16384x64", "32768x64")
+SHORT = {"max_iterations": 4, "swap_rounds": 2}
+WAYS = {  # fraction of clusters and options of `cluster`; the first Euclidean one is what the others are compared with
+    "cosine": (0.05, {}),
+    "euclidean": (0.1, {"metric": "euclidean"}),
+    "euclidean, short": (0.1, {"metric": "euclidean"} | SHORT),
+    "segments of 4096, short": (0.1, {"metric": "euclidean", "segment": 4096} | SHORT),
+    "segments of 2048, short": (0.1, {"metric": "euclidean", "segment": 2048} | SHORT),
+}
 ROOT = Path(__file__).resolve().parent.parent
 # scikit-learn is fastest with a single-threaded BLAS beside its own threads.
 ENVIRONMENT = {"scikit-learn": {"OPENBLAS_NUM_THREADS": "1"}, "faiss": {}, "squeezejax": {"JAX_PLATFORMS": "cpu"}}
@@ -53,6 +63,66 @@ def inertia(rows, labels, num_clusters: int) -> float:
         np.add.at(sums, of, unit)
         total += 1 - np.linalg.norm(sums, axis=1).sum() / len(head)
     return total / len(rows)
+
+
+def variance(rows, labels, num_clusters: int) -> float:
+    """Mean over heads of the variance within clusters by that of the rows, in float64."""
+    total = 0.0
+    for head, of in zip(rows, labels, strict=True):
+        centred = head - head.mean(axis=0, dtype=np.float64)
+        sums = np.zeros((num_clusters, head.shape[1]))
+        np.add.at(sums, of, centred)
+        counts = np.bincount(of, minlength=num_clusters)
+        total += 1 - (np.sum(sums**2, axis=1) / counts).sum() / np.sum(centred**2)
+    return total / len(rows)
+
+
+def ways(case: str, rounds: int) -> dict:
+    """Seconds and variance of every one of WAYS, in turn, each round with a seed of its own."""
+    import jax
+
+    from squeezejax.offline.kmeans import Clustering, cluster
+
+    size, dim = map(int, case.split("x"))
+    rows = mixture(HEADS, size, dim)
+    x, runs, found = jax.numpy.asarray(rows), {}, {}
+    for name, (fraction, options) in WAYS.items():
+        one = partial(cluster, num_clusters=int(fraction * size), options=Clustering(**options))
+        runs[name] = jax.jit(lambda x, keys, one=one: jax.vmap(lambda x, key: one(x, key=key).labels)(x, keys))
+        timing.once(partial(runs[name], x, jax.random.split(jax.random.key(0), HEADS)))  # compiles
+        found[name] = {"seconds": [], "variances": []}
+    for seed in range(rounds):
+        keys = jax.random.split(jax.random.key(seed), HEADS)
+        for name, run in runs.items():
+            seconds, labels = timing.once(partial(run, x, keys))
+            found[name]["seconds"].append(seconds)
+            found[name]["variances"].append(variance(rows, np.asarray(labels), int(WAYS[name][0] * size)))
+    return found
+
+
+def ways_table(results: dict) -> str:
+    """One line a case and way: time and variance against those of all rows at once by distance."""
+    lines = [
+        "| case | way | clusters | seconds | spread | time / that of all at once | variance | against all at once |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case, of in results.items():
+        base = of["euclidean"]
+        for name, found in of.items():
+            time = timing.Timing(tuple(found["seconds"]))
+            variances = statistics.mean(found["variances"])
+            cells = (
+                f"{HEADS} × {case.replace('x', ' × ')}",
+                name,
+                f"{WAYS[name][0]:.0%}",
+                f"{time.median:.3f}",
+                f"{time.spread:.0%}",
+                f"{time.ratio(timing.Timing(tuple(base['seconds']))):.2f}",
+                f"{variances:.4f}",
+                f"{100 * (variances / statistics.mean(base['variances']) - 1):+.1f} %",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def squeezejax_runner(rows, num_clusters):
@@ -197,21 +267,30 @@ def main():
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="ROWSxDIM")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each library, a seed each (default: 3)")
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)
+    parser.add_argument("--segments", action="store_true", help="squeezejax alone: by distance and by segments")
+    parser.add_argument("--segment-cases", nargs="+", default=SEGMENT_CASES, metavar="ROWSxDIM")
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker)
     pythons = {"squeezejax": sys.executable}
-    pythons |= {x: arguments.python for x in ("scikit-learn", "faiss") if available(x, arguments.python)}
+    if not arguments.segments:
+        pythons |= {x: arguments.python for x in ("scikit-learn", "faiss") if available(x, arguments.python)}
     workers = {library: Worker(library, python) for library, python in pythons.items()}
-    results = {case: measure(workers, case, arguments.rounds) for case in arguments.cases}
+    cases = () if arguments.segments else arguments.cases
+    results = {case: measure(workers, case, arguments.rounds) for case in cases}
     machines = {library: worker.machine for library, worker in workers.items()}
     load = {"start": machines["squeezejax"]["load"], "end": timing.machine()["load"]}
     for worker in workers.values():
         worker.close()
+    segments = {case: ways(case, arguments.rounds) for case in arguments.segment_cases}
     path = ROOT / "benchmarks" / "results" / f"kmeans-{datetime.now(UTC):%Y-%m-%d}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machines": machines, "load": load, "cases": results}, indent=1) + "\n")
-    print(table(results))
+    path.write_text(
+        json.dumps({"machines": machines, "load": load, "cases": results, "segments": segments}, indent=1) + "\n"
+    )
+    if results:
+        print(table(results) + "\n")
+    print(ways_table(segments))
     print(f"\nload {load['start']:.1f} at the start, {load['end']:.1f} at the end; {path.relative_to(ROOT)}")
 
 

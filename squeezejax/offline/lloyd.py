@@ -72,7 +72,7 @@ def euclidean_rows(raw, weights, num_clusters, dimension_weights) -> Rows:
     total = jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
     # Distances do not change by it, but what is far from the origin loses its differences to rounding.
     mean = jnp.einsum("S,SH->H", weights, raw) / total
-    points = jnp.where((weights > 0)[:, None], (raw - mean) * dimension_weights, 0.0)
+    points = jnp.where((weights > 0)[:, None], (raw - mean[None]) * dimension_weights[None], 0.0)
     norm = jnp.linalg.norm(points, axis=1)
     scale = jnp.maximum(jnp.max(norm), 1e-12)  # scores are packed as numbers between −2 and 2
     points = points / scale
