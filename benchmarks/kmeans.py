@@ -39,8 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"scikit-learn": {"OPENBLAS_NUM_THREADS": "1"}, "faiss": {}, "squeezejax": {"JAX_PLATFORMS": "cpu"}}
 
 
-def mixture(heads: int, rows: int, dim: int, seed: int = 0):
-    """rows / 40 Gaussians with uneven weights and spreads, 2 % outliers -> f32[heads rows dim]."""
+def mixture(heads: int, rows: int, dim: int, seed: int = 0, drift: float | None = None):
+    """rows / 40 Gaussians with uneven weights and spreads, 2 % outliers -> f32[heads rows dim].
+
+    Rows are in random order, or those of a Gaussian lie about a place of its own, within `drift` of all rows.
+    """
     out = np.empty((heads, rows, dim), np.float32)
     for head in range(heads):
         rng = np.random.default_rng([seed, head, rows, dim])
@@ -51,6 +54,8 @@ def mixture(heads: int, rows: int, dim: int, seed: int = 0):
         out[head] = centres[of] + spread[of, None] * rng.standard_normal((rows, dim))
         outlier = rng.random(rows) < 0.02
         out[head, outlier] = 2 * rng.standard_normal((outlier.sum(), dim))
+        if drift is not None:
+            out[head] = out[head, np.argsort(rng.random(num)[of] + drift * rng.standard_normal(rows))]
     return out
 
 
@@ -83,16 +88,20 @@ def ways(case: str, rounds: int) -> dict:
 
     from squeezejax.offline.kmeans import Clustering, cluster
 
-    size, dim = map(int, case.split("x"))
-    rows = mixture(HEADS, size, dim)
+    if case.endswith(".npy"):
+        rows = np.load(case).astype(np.float32)
+    else:
+        # Segments live by neighbours being alike, as they are in a text; in random order they lose several times more.
+        rows = mixture(HEADS, *map(int, case.split("x")), drift=0.05)
+    size = rows.shape[1]
     x, runs, found = jax.numpy.asarray(rows), {}, {}
     for name, (fraction, options) in WAYS.items():
         one = partial(cluster, num_clusters=int(fraction * size), options=Clustering(**options))
         runs[name] = jax.jit(lambda x, keys, one=one: jax.vmap(lambda x, key: one(x, key=key).labels)(x, keys))
-        timing.once(partial(runs[name], x, jax.random.split(jax.random.key(0), HEADS)))  # compiles
+        timing.once(partial(runs[name], x, jax.random.split(jax.random.key(0), len(rows))))  # compiles
         found[name] = {"seconds": [], "variances": []}
     for seed in range(rounds):
-        keys = jax.random.split(jax.random.key(seed), HEADS)
+        keys = jax.random.split(jax.random.key(seed), len(rows))
         for name, run in runs.items():
             seconds, labels = timing.once(partial(run, x, keys))
             found[name]["seconds"].append(seconds)
@@ -112,7 +121,7 @@ def ways_table(results: dict) -> str:
             time = timing.Timing(tuple(found["seconds"]))
             variances = statistics.mean(found["variances"])
             cells = (
-                f"{HEADS} × {case.replace('x', ' × ')}",
+                case if case.endswith(".npy") else f"{HEADS} × {case.replace('x', ' × ')}",
                 name,
                 f"{WAYS[name][0]:.0%}",
                 f"{time.median:.3f}",
@@ -268,7 +277,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="runs of each library, a seed each (default: 3)")
     parser.add_argument("--worker", choices=RUNNERS, help=argparse.SUPPRESS)
     parser.add_argument("--segments", action="store_true", help="squeezejax alone: by distance and by segments")
-    parser.add_argument("--segment-cases", nargs="+", default=SEGMENT_CASES, metavar="ROWSxDIM")
+    message = "rows of a mixture, or a file of real keys [heads rows dim]"
+    parser.add_argument("--segment-cases", nargs="+", default=SEGMENT_CASES, metavar="ROWSxDIM|FILE.npy", help=message)
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments.worker)

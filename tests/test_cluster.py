@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from squeezejax import SqueezeConfig, kmeans
 from squeezejax.offline import lloyd
-from squeezejax.offline.kmeans import Clustering, cluster, cluster_levels, num_segments
+from squeezejax.offline.kmeans import Clustering, cluster, cluster_levels, num_segments, usual_segment
 from squeezejax.tree import build_tree
 
 KEY = jax.random.key(0)
@@ -189,6 +189,10 @@ def test_every_segment_has_clusters_and_no_more_than_rows(rows, data):
     assert shares.sum() == num
     assert shares.min() >= 1
     assert np.all(shares <= sizes)
+
+
+def test_usual_segments_grow_as_the_root_of_the_rows():
+    assert [usual_segment(rows) for rows in (1, 4096, 8192, 32768, 131072)] == [2048, 2048, 2048, 4096, 8192]
 
 
 def test_segments_are_clustered_by_themselves():
