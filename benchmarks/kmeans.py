@@ -5,7 +5,7 @@
 scikit-learn and faiss-cpu are optional; --python names an interpreter that has them, if it is not this one. Every
 library has a process of its own (two OpenMP runtimes in one process wait for each other) and all run in turn.
 Then squeezejax by itself: 5 % by cosine, and 10 % by distance of all rows at once and by segments, in turn as well.
---segments leaves the other libraries out. Writes benchmarks/results/kmeans-<date>.json and prints the tables.
+--segments leaves the other libraries out. Writes benchmarks/results/kmeans-<date>.json (or segments-), prints tables.
 """
 
 import argparse
@@ -293,7 +293,12 @@ def main():
     for worker in workers.values():
         worker.close()
     segments = {case: ways(case, arguments.rounds) for case in arguments.segment_cases}
-    path = ROOT / "benchmarks" / "results" / f"kmeans-{datetime.now(UTC):%Y-%m-%d}.json"
+    path = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"{'segments' if arguments.segments else 'kmeans'}-{datetime.now(UTC):%Y-%m-%d}.json"
+    )
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         json.dumps({"machines": machines, "load": load, "cases": results, "segments": segments}, indent=1) + "\n"
