@@ -12,8 +12,6 @@ to summary.csv and heads.csv. The exit status is 1 where the library's default i
 """
 
 import argparse
-import ast
-import dataclasses
 import json
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks.public.__main__ import parse_config
 from benchmarks.public.run import keep_whole_lines
 from benchmarks.quality import report
 from benchmarks.real import entries, measure, needles, passes, summary, texts
@@ -50,24 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--budgets", type=float, nargs="+", help="fractions of dense (default: 0.25 0.125 0.0625; quick: 0.125)")
     add("--matches", nargs="+", choices=MATCHES, help="what budgets are of (default: both; quick: bytes)")
     add("--methods", nargs="+", help=f"any of: {', '.join(entries.entries())} (default: all; quick: a few)")
-    add("--config", nargs="+", default=[], metavar="FIELD=VALUE,…", help="more configurations of the library, such as "
-        "'cluster_fractions=(0.05,),sparsity=0.8'")
+    add(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE,…",
+        help="more configurations of the library, such as 'cluster_fractions=(0.05,),sparsity=0.8'",
+    )
     add("--num-texts", type=int, help="stretches of text (default: 4; quick: 2)")
     add("--num-needles", type=int, help="contexts with needles (default: 4; quick: 1)")
     add("--fed", type=int, default=FED, help=f"tokens after a text (default: {FED})")
     return parser
-
-
-def parse_config(text: str, base: SqueezeConfig | None = None) -> SqueezeConfig:
-    """'field=value,…' as changes of a configuration. Raises ValueError for what makes no sense."""
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        changes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if call.args or None in changes:
-            raise ValueError("not field=value")
-        return dataclasses.replace(base or SqueezeConfig(), **changes)
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise ValueError(f"--config {text}: {error}") from error
 
 
 def settle(arguments) -> None:
@@ -93,7 +85,9 @@ def choose_entries(names: list[str], configs: list[str]) -> list[entries.Entry]:
     known = entries.entries()
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
-    return [known[name] for name in names] + [entries.library(f"library {text}", parse_config(text)) for text in configs]
+    return [known[name] for name in names] + [
+        entries.library(f"library {text}", parse_config(text, SqueezeConfig())) for text in configs
+    ]
 
 
 class Bench:
@@ -154,16 +148,26 @@ class Bench:
         key = lambda record: tuple(record[name] for name in ("measure", "length", "text", "match", "method", "budget"))
         done = {key(record) for record in report.load(records)}
         plan = [("dense", "dense", 1.0)]
-        plan += [(entry.name, match, budget) for entry in chosen for match in self.arguments.matches
-                 for budget in self.arguments.budgets]
+        plan += [
+            (entry.name, match, budget)
+            for entry in chosen
+            for match in self.arguments.matches
+            for budget in self.arguments.budgets
+        ]
         plan += [(entry.name, "asked", entry.asked) for entry in chosen if entry.asked is not None]
         by_name = {entry.name: entry for entry in chosen}
         with records.open("a", encoding="utf-8") as file:
             for length in self.arguments.lengths:
                 for kind, text, make in self.materials(length):
                     wanted = [
-                        {"measure": kind, "length": length, "text": text, "match": match, "method": method,
-                         "budget": budget}
+                        {
+                            "measure": kind,
+                            "length": length,
+                            "text": text,
+                            "match": match,
+                            "method": method,
+                            "budget": budget,
+                        }
                         for method, match, budget in plan
                     ]
                     wanted = [record for record in wanted if key(record) not in done]

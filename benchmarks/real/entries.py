@@ -207,11 +207,16 @@ def entries() -> dict[str, Entry]:
         library("library paper, flat 5 %", paper(cluster_fractions=(0.05,))),
         KVZIP,
     ]
-    found += [from_quality(method, name=f"{name} (top keys)" if name == "exact" else None) for name, method in
-              QUALITY.items()]
+    found += [
+        from_quality(method, name=f"{name} (top keys)" if name == "exact" else None) for name, method in QUALITY.items()
+    ]
     found += [from_quality(QUALITY[name], 0, f"{name}, sinks like any key") for name in ("squeezed", "squeezed_flat")]
-    found += [from_quality(method) for name in ("score", "bits", "centroids", "thresholds", "coarse_margin", "depth")
-              for method in ABLATIONS[name] if method.name not in QUALITY]
+    found += [
+        from_quality(method)
+        for name in ("score", "bits", "centroids", "thresholds", "coarse_margin", "depth")
+        for method in ABLATIONS[name]
+        if method.name not in QUALITY
+    ]
     return {entry.name: entry for entry in found}
 
 

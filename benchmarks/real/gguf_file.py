@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face checkpoints: names, shapes, configuration and tokenizer. NumPy and the package `gguf` only.
+"""GGUF files as Hugging Face checkpoints: weights, configuration, tokenizer. NumPy and the package `gguf` only.
 
 Of the architecture `llama` with a byte-level BPE tokenizer. Weights come out in float32, one tensor at a time, exactly
 as dequantised.

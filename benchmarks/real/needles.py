@@ -17,21 +17,22 @@ QUESTION = "\nWhat is the special magic {one} for {key} mentioned in the provide
 ANSWER = " The special magic {one} for {key} mentioned in the provided text is"
 KINDS = ("numbers", "words")
 DIGITS = 7
-ADJECTIVES = (
+_words = str.split
+ADJECTIVES = _words(
     "amber ancient bitter brave bright broken calm clever clumsy cold crooked curious damp daring dusty eager elegant "
     "faded fancy feeble fierce gentle giddy golden grim hollow humble icy jolly keen lively lonely loud lucky mellow "
     "mighty misty modest narrow nervous noble odd pale patient plain proud quaint quiet rapid rough rustic salty "
     "scarce shallow sharp shy silent silver sleepy smooth solemn spare steady stern stormy strange subtle sunny swift "
     "tame tender thirsty tidy tough vague vivid warm weary wild windy wise witty young zealous"
-).split()
-NOUNS = (
+)
+NOUNS = _words(
     "anchor apron arrow badge banjo barrel basket beacon bell blanket bottle bridge bucket button cabin candle canoe "
     "canyon carpet castle cellar chimney clock cottage cradle curtain desert drawer engine fabric feather fiddle "
     "forest fountain garden glacier goblet hammer harbor helmet island jacket kettle kitchen ladder lantern ledger "
     "lemon locket magnet mantle marble meadow mirror monument mountain needle orchard oven paddle palace parcel pebble "
     "pencil pillow planet pocket puzzle quarry quilt rabbit ribbon river saddle shovel silo sparrow spoon statue "
     "stove temple thicket thimble ticket tractor trumpet tunnel valley velvet violin wagon walnut whistle window"
-).split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +70,7 @@ def make(
     value = (lambda: str(draw.randint(10 ** (DIGITS - 1), 10**DIGITS - 1))) if kind == "numbers" else word
     values = [value() for _ in names]
     head = encode(around[0] + HEAD.format(kind=kind))
-    needles = [
-        encode(NEEDLE.format(kind=kind, key=key, value=value)) for key, value in zip(names, values, strict=True)
-    ]
+    needles = [encode(NEEDLE.format(kind=kind, key=key, value=value)) for key, value in zip(names, values, strict=True)]
     room = length - len(head) - sum(map(len, needles))
     if room < 1 or len(stretch) < room:
         raise ValueError(f"{len(stretch)} tokens of text do not fill a context of {length}")

@@ -162,7 +162,7 @@ def _attend(cache: Cache, chosen: Chosen, q, k, v, valid):
     """One layer: q [B T N H], k, v [B T K H] -> (out [B·T N H], Lost without L, of all B·T tokens)."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    G, S = N // K, cache.keys.shape[1]
+    G = N // K
     block = min(BLOCK, T)
     padding, blocks = -T % block, -(-T // block)
     # Lanes: a head, a user, a block of its tokens.

@@ -50,7 +50,7 @@ def summarize(records: list[dict]) -> list[dict]:
         groups[where][record["text"]] = record
     rows = []
     for where, members in sorted(groups.items(), key=lambda item: (item[0][:4], _mean(item[1].values(), "kl"))):
-        measure, length, match, budget, method = where
+        measure, length, match, budget, _ = where
         row = dict(zip(("measure", "length", "match", "budget", "method"), where, strict=True))
         row["texts"] = len(members)
         row |= {name: _mean(members.values(), name) for name in MEASURES if all(name in m for m in members.values())}
@@ -122,8 +122,10 @@ def lines(rows: list[dict]) -> list[str]:
             measure, length, match, budget = where
             what = {"bytes": "of the bytes", "keys": "of the keys", "asked": "sparsity, as it comes"}.get(match, "")
             shown += ["", f"{measure}, {length} tokens squeezed, {match} {what and f'({budget:g} {what})'}"]
-            shown += [f"{'method':<34}{'texts':>6}{'bytes':>8}{'kept':>7}{'KL':>9}{'more than exact keys':>27}"
-                      f"{'same top':>9}{'missed':>8}{'says':>8}{'digits':>8}{'answers':>8}"]
+            shown += [
+                f"{'method':<34}{'texts':>6}{'bytes':>8}{'kept':>7}{'KL':>9}{'more than exact keys':>27}"
+                f"{'same top':>9}{'missed':>8}{'says':>8}{'digits':>8}{'answers':>8}"
+            ]
         number = lambda name, width, form, row=row: f"{row[name]:>{width}{form}}" if name in row else " " * width
         more = f"{row['kl_more']:.4f} [{row['kl_more_low']:.4f}, {row['kl_more_high']:.4f}]" if "kl_more" in row else ""
         shown.append(
@@ -144,7 +146,7 @@ def check(rows: list[dict], model: str, default: str) -> list[str]:
             if (row["measure"], row["match"], row["budget"], row["method"]) == (bound.measure, "bytes", BUDGET, default)
         ]
         if not at:
-            failed.append(f"{bound.measure} {bound.name}: not measured, or the index alone takes {BUDGET:g} of the bytes")
+            failed.append(f"{bound.measure} {bound.name}: not measured; the index alone may take {BUDGET:g}")
         for row in at:
             value, where = row[bound.name], f"{bound.measure} at {row['length']} tokens, {BUDGET:g} of the bytes"
             if bound.most is not None and value > bound.most:

@@ -1,4 +1,4 @@
-"""Texts to squeeze: files given by path, the language reference that every Python holds, or the embedded model's own."""
+"""Texts to squeeze: files given by path, the language reference in every Python, or the embedded model's own."""
 
 import random
 from collections.abc import Callable, Iterator
