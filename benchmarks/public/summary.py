@@ -76,7 +76,6 @@ def lines(rows: list[dict]) -> list[str]:
     """The table for a terminal."""
     titles = f"{'dataset':<32}{'sparsity':>9}{'questions':>10}{'score':>8}{'kept':>8}{'lost to dense':>24}"
     shown = [f"{titles}{'log-lik.':>10}{'lost':>24}"]
-    ]
     for row in rows:
         name = " ".join(filter(None, (row["suite"], row["dataset"], row["subset"])))
         lost = "" if row["sparsity"] == "dense" else f"{row['lost']:.2f}"
