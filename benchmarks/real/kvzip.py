@@ -7,7 +7,6 @@ over all layers and heads, so that heads get budgets of their own. The scores kn
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,12 @@ OVERLAP = 8  # tokens of the chunk before that the prompt names
 
 def scores(params, tokenizer_ids, tokenizer_text, context: Read, ids: list[int]):
     """Log of the score of every key of the context, f32[L K n]; tokenizer_ids: text -> ids, tokenizer_text: back."""
-    n, longest = len(ids), params.config.max_positions or math.inf
+    n = len(ids)
+    longest = params.config.max_positions or 2 * n + CHUNK
     room = longest - n - 64  # for prompts
     if room < 64:
         raise ValueError(f"a context of {n} tokens leaves no positions of {longest} in which to repeat it")
-    size = min(CHUNK, n, int(room))
+    size = min(CHUNK, n, room)
     found = []
     for first in range(0, n, size):
         # The last chunk is moved back to be as long as the others: one length compiles once.
