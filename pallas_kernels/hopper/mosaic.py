@@ -57,8 +57,14 @@ def swizzled(head_dim: int, itemsize: int = 2):
     return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(tile * itemsize)
 
 
-def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerParams:
-    """Options of every kernel here; more may be given."""
+def compiler_params(*, across_warps: bool = False, approx_math: bool = True, **options) -> plgpu.CompilerParams:
+    """Options of every kernel here; more may be given.
+
+    across_warps: one of its warpgroups reduces across its warps, or to a scalar. The shared memory for that is the same
+    for all warpgroups, so no second one may; without it such a reduction does not compile.
+    """
+    if not across_warps:
+        options["reduction_scratch_bytes"] = 0
     return plgpu.CompilerParams(
         approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
     )
