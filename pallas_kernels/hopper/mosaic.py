@@ -24,11 +24,11 @@ _interpreting = False
 
 @contextlib.contextmanager
 def interpret():
-    """Kernels traced inside run on the CPU, by Pallas's interpreter."""
+    """Kernels traced inside run on the CPU, by Pallas's interpreter, which prints RACE DETECTED where it sees one."""
     global _interpreting
     _interpreting = True
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
     finally:
         _interpreting = False
