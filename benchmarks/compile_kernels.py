@@ -1,8 +1,8 @@
 """Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.compile_kernels`.
 
-Fails on any spill, and where two warpgroups reduce through the same shared memory; two processes share the work. Writes registers, shared memory and the launches and temporaries of
-one whole decode step (selection, attention, window and user tokens, merge) to benchmarks/results/compile_h200.md. Says
-nothing about speed.
+Fails on any spill, and where two warpgroups reduce through the same shared memory; two processes share the work. Writes
+registers, shared memory and the launches and temporaries of one whole decode step (selection, attention, window and
+user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
 """
 
 import concurrent.futures

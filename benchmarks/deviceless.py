@@ -79,7 +79,10 @@ def compile_program(function, *args, out_shardings=None) -> Program:
     """Compiles a function of `on_device` arguments; the GPU's code is made, nothing runs."""
     for path in _DUMP.iterdir():
         path.unlink()
-    with _silence_stderr():
+    from squeezejax.pallas_kernels.hopper import mosaic  # which older JAX lacks
+
+    target = min(sharding().device_set, key=lambda device: device.id)
+    with _silence_stderr(), mosaic.compile_for(target):
         compiled = jax.jit(function, out_shardings=out_shardings or sharding()).lower(*args).compile()
     return Program(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, tuple(_kernels()))
 

@@ -25,7 +25,9 @@ def shared_scratch(code: str) -> list[str]:
     found, wrong = reductions(code), []
     for i, one in enumerate(found):
         if len(one.warpgroups) > 1:
-            wrong.append(f"line {one.line}: warpgroups {one.warpgroups} all reduce through bytes {one.begin} to {one.end}")
+            wrong.append(
+                f"line {one.line}: warpgroups {one.warpgroups} all reduce through bytes {one.begin} to {one.end}"
+            )
         for other in found[i + 1 :]:
             apart = one.end <= other.begin or other.end <= one.begin
             if not apart and set(one.warpgroups) != set(other.warpgroups):

@@ -28,10 +28,10 @@ from squeezejax.pallas_kernels.hopper.mosaic import (
     GRANULE,
     MASKED,
     MATRIX,
-    MULTIPROCESSORS,
     TILE,
     columns,
     compiler_params,
+    count_ctas,
     full,
     interpreting,
     swizzled,
@@ -67,7 +67,7 @@ def default_config(head_dim: int, group: int, listing: int = 0) -> Config:
     M, width = -(-group // 8) * 8, -(-head_dim // TILE) * TILE
     stage = 2 * TILE * (head_dim + width)
     fixed = 2 * M * (head_dim + TILE) + 4 * M * (width + 2) + 4096  # queries, weights, results; barriers, alignment
-    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=MULTIPROCESSORS)
+    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=count_ctas(1))
 
 
 def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, *, config: Config | None = None):

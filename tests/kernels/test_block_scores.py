@@ -129,7 +129,9 @@ def deep():
     parts, Walk.parts = Walk.parts, lambda walk, units: 1
     try:
         with mosaic.interpret():
-            read = Read(*split(jnp.asarray(centroids), q.dtype), jnp.asarray(weights), order, np.full(U, C // 8, np.int32))
+            read = Read(
+                *split(jnp.asarray(centroids), q.dtype), jnp.asarray(weights), order, np.full(U, C // 8, np.int32)
+            )
             found = np.asarray(block_scores.sum_scores(q, np.ones((U, 128), bool), read, jnp.float32(-9)))
     finally:
         Walk.parts = parts
