@@ -204,7 +204,7 @@ def score_clusters(
         scratch_types=scratch,
         grid=(num_ctas,),
         grid_names=("cta",),
-        compiler_params=compiler_params(),
+        compiler_params=compiler_params(across_warps=True),
         kernel_name="centroid_scores",
     )(q.reshape(lanes, G, H), level.centroids.reshape(-1, H), level.counts.reshape(-1), *step, *kept_operands)
     return Scores(dots, stats), None if in_order else Lists(*lists)
