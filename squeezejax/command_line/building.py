@@ -23,6 +23,7 @@ from squeezejax.command_line.commands import (
 )
 from squeezejax.config import SqueezeConfig
 from squeezejax.memory import readable_bytes
+from squeezejax.offline import unfinished
 from squeezejax.offline.progress import draw_bar
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
@@ -55,15 +56,24 @@ def build(arguments):
         )
     _check_vocabulary(ids, model_config)
     warn_of_length(len(ids), model_config)
+    # Beside the tree, and kept until that is safe on the disk.
+    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
+    if checkpoint is not None:
+        unfinished.check_free(checkpoint)
     watch = Watch(arguments.quiet)
     params = models.load(folder, dtype=arguments.dtype)
-    # On the disk of the tree, and larger: when it makes room for the tree, the tree fits.
-    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
     key = jax.random.key(arguments.seed)
-    tree = squeezejax.squeeze(params, ids, config, key=key, progress=watch, checkpoint=checkpoint)
     model = EMBEDDED if arguments.model == EMBEDDED else os.path.abspath(folder)
     notes = {"model": model, "context": os.path.abspath(arguments.context), **prompt.to_notes()}
-    write_tree(arguments.out, tree, notes, len(ids), watch)
+    squeezejax.squeeze(
+        params,
+        ids,
+        config,
+        key=key,
+        progress=watch,
+        checkpoint=checkpoint,
+        finished=lambda tree: write_tree(arguments.out, tree, notes, len(ids), watch),
+    )
 
 
 class Watch:

@@ -24,6 +24,8 @@ class Progress:
     @property
     def remaining(self) -> float:
         """Seconds to go, were the rest as fast as what this run did; ∞ before it has done anything."""
+        if self.done >= self.total:
+            return 0.0
         done = self.done - self.skipped
         return self.elapsed * (self.total - self.done) / done if done else float("inf")
 
