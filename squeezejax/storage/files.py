@@ -47,6 +47,7 @@ except ImportError:  # Windows
 
 _TEMPORARY = re.compile(r"\.squeezejax-[0-9a-f]{16}\.tmp")
 
+
 def save(path, tree: Tree, notes: dict[str, str] | None = None):
     """Writes a tree to one file; a file that was there stays whole until the new one is complete and on the disk.
 
