@@ -27,6 +27,8 @@ from squeezejax.storage import exporting as _exporting  # noqa: F401 - registers
 from squeezejax.storage.files import Header, TreeFileError, load, read_header, save
 from squeezejax.tree import Level, Tree
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Estimate",
     "Generation",

@@ -72,6 +72,8 @@ class SqueezeConfig:
                 continue
             if not isinstance(value, numbers.Integral):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value >= 2**31:
+                raise ValueError(f"{name} must be below 2³¹")
             if value < smallest:
                 raise ValueError(f"{name} must be at least {smallest}{' or None' if optional else ''}, got {value}")
         if not fractions or not all(0 < f <= 1 for f in fractions):

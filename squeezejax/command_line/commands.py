@@ -15,7 +15,9 @@ import numpy as np
 
 from squeezejax import models
 from squeezejax.chat import prompts as chat
+from squeezejax.chat.shown import shown, shown_line
 from squeezejax.chat.stream import Options, Session, pad
+from squeezejax.command_line.trust import EMBEDDED, check_trusted
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
@@ -23,9 +25,6 @@ from squeezejax.models.config import parse_config
 from squeezejax.online.generate import dense_generate
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
-
-EMBEDDED = "embedded"  # the name of the demo's model, in place of a directory
-
 
 # ---- files and models
 
@@ -44,9 +43,11 @@ def read_context(path) -> str:
 
 def check_out(path, force: bool, *inputs):
     """Raises an error unless a file may be written to path; a file that is there only with force, an input never."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link is followed, as `save` does
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file to write")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is a device or a pipe, no file; name a file to write")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} does not exist, so nothing can be written to {path}")
     if not os.access(target.parent, os.W_OK):
@@ -72,7 +73,7 @@ def read_model_config(folder: Path):
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint directory")
     try:
         return parse_config(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
+    except (ValueError, AttributeError, RecursionError) as error:  # AttributeError: JSON, but no object
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -131,7 +132,7 @@ def ask(arguments):
     session = Session(params, tree, options)
     for number, (question, ids) in enumerate(zip(arguments.questions, asked, strict=True)):
         if len(asked) > 1:
-            print(("\n" if number else "") + f"> {question}")
+            print(("\n" if number else "") + f"> {shown(question)}")
         if arguments.dense:
             _answer_densely(asking, ids, number)
         else:
@@ -176,11 +177,12 @@ def _read_squeezed(arguments, tokenizer, header) -> list[int]:
 
 
 def asked_model(model: str | None, notes: dict[str, str]) -> Path:
-    """The checkpoint directory given, or else the one that a tree's notes name, if it is there."""
+    """The checkpoint directory given, or else the one that the notes of a tree of this user name, if it is there."""
     if model is not None:
         return model_directory(model)
     if "model" not in notes:
         raise ValueError("the tree does not say which model made it: give --model")
+    check_trusted(notes)
     folder = model_directory(notes["model"])
     if not folder.is_dir():
         raise FileNotFoundError(f"the tree was made with the model in {folder}, which is gone: say with --model where")
@@ -204,7 +206,7 @@ def _answer(asking: _Asking, session: Session, ids) -> str:
 
 def _show(piece: str, first: bool) -> str:
     piece = piece.lstrip() if first else piece
-    print(piece, end="", flush=True)
+    print(shown(piece), end="", flush=True)
     return piece
 
 
@@ -232,7 +234,7 @@ def _answer_densely(asking: _Asking, ids, number: int):
     started = time.perf_counter()
     tokens = run()
     seconds = time.perf_counter() - started
-    print(chat.decode(asking.tokenizer, tokens).strip())
+    print(shown(chat.decode(asking.tokenizer, tokens).strip()))
     if asking.stats:
         rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
         print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
@@ -281,5 +283,5 @@ def _next_turn(given: list[str]) -> str:
     else:
         question = sys.stdin.readline().strip()
     if question:
-        print(f"you> {question}", flush=True)
+        print(f"you> {shown_line(question)}", flush=True)
     return question

@@ -1,8 +1,9 @@
 """The arguments of every command: what `squeezejax COMMAND --help` explains."""
 
 import argparse
-import os
-import sys
+import itertools
+import shutil
+import textwrap
 
 from squeezejax.command_line.kinds import at_least, count_or_none, fraction, fractions, mesh, not_negative, positive
 from squeezejax.config import SqueezeConfig
@@ -12,17 +13,16 @@ DEMO_TOKENS = 4096  # a length at which the embedded model answers nearly everyt
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and one column for all options."""
+    """As wide as the terminal, up to 110: paragraphs are filled, indented lines stay; one column for all options."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=min(110, max(60, _columns())))
+        width = min(110, max(20, shutil.get_terminal_size((100, 24)).columns - 2))
+        super().__init__(prog, max_help_position=min(30, width // 2), width=width)
 
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
-    except (OSError, ValueError, AttributeError):
-        return 98
+    def _fill_text(self, text, width, indent):
+        blocks = itertools.groupby(text.splitlines(), key=lambda line: not line or line[0].isspace())
+        lines = (group if as_it_is else textwrap.wrap(" ".join(group), width) for as_it_is, group in blocks)
+        return "\n".join(indent + line for block in lines for line in block)
 
 
 def _command(commands, name: str, summary: str, description: str, run):

@@ -5,6 +5,7 @@ keys so far), then its keys are clustered and written into the tree. Beside the 
 layer's keys and values are alive, and scores of one chunk.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -47,6 +48,7 @@ def squeeze(
     key=None,
     progress: Callable[[Progress], None] | bool | None = None,
     checkpoint=None,
+    finished: Callable[[Tree], None] | None = None,
     implementation: str | None = None,
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
@@ -55,12 +57,13 @@ def squeeze(
     same key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
     `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
     there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
-    the hidden states of the context together, and must not belong to another build. `implementation` of the
+    the hidden states of the context together, and must not belong to another build. `finished` receives the complete
+    tree before the checkpoint is removed: save the tree there, and no kill can lose it. `implementation` of the
     clustering, as for `kmeans`.
 
     Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
-    are not finite, a checkpoint of another build or a damaged one, and a build that surely does not fit in memory;
-    NotImplementedError for a checkpoint on several hosts.
+    are not finite, a checkpoint of another build, a damaged one or one that a running build uses, and a build that
+    surely does not fit in memory; NotImplementedError for a checkpoint on several hosts.
     """
     tokens = check_context(tokens, params.config.vocab_size)
     length = tokens.shape[1]
@@ -73,9 +76,23 @@ def squeeze(
     clustering = clustering_for(params, config, length)
     report = Reporter(L, layer_work(params.config, length, config), progress)
 
+    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
+    with saved or contextlib.nullcontext():
+        tree, queries = _build(params, tokens, config, seeds, num_queries, saved, report, implementation)
+        tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
+        tree = finish(tree, queries, report)
+        if finished is not None:
+            finished(tree)
+        if saved is not None:
+            saved.remove()
+    return tree
+
+
+def _build(params, tokens, config, seeds, num_queries: int, saved: Unfinished | None, report, implementation):
+    """All layers -> (an uncalibrated tree, a list with the last queries [N W H] of every layer)."""
+    L, length = params.config.num_layers, tokens.shape[1]
     x = embed_chunked(params, tokens)
     tree, queries = None, []
-    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
     if saved is not None and saved.num_layers:
         for i in range(saved.num_layers):
             tree = write_layer(tree, _beside(x, saved.layer(i)), i, L)
@@ -93,11 +110,7 @@ def squeeze(
             with report.spend("checkpoints"):
                 saved.write(i, layer, queries, x)
         del layer
-    tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
-    tree = finish(tree, queries, report)
-    if saved is not None:
-        saved.remove()
-    return tree
+    return tree, queries
 
 
 def _beside(x, layer: Tree) -> Tree:
