@@ -10,7 +10,7 @@ import squeezejax
 from benchmarks.gpu_trees import compare
 from squeezejax.pallas_kernels.hopper import kmeans_assign
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
-from squeezejax.tree import build_layer
+from squeezejax.offline.build import build_layer
 
 LAYERS = 32  # of the model that a time is given for: 8 key/value heads of 128, 128K keys, 5 % clusters
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.quality.methods import Cache, Fixed
 from squeezejax import SqueezeConfig
-from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 HIDDEN = -1e30
 BLOCK = 128  # query tokens whose scores are held at once

@@ -73,7 +73,6 @@ def squeeze(
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
     digest = hash_tokens(tokens)
-    clustering = clustering_for(params, config, length)
     report = Reporter(L, layer_work(params.config, length, config), progress)
 
     saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
@@ -91,6 +90,7 @@ def squeeze(
 def _build(params, tokens, config, seeds, num_queries: int, saved: Unfinished | None, report, implementation):
     """All layers -> (an uncalibrated tree, a list with the last queries [N W H] of every layer)."""
     L, length = params.config.num_layers, tokens.shape[1]
+    clustering = clustering_for(params, config, length)
     x = embed_chunked(params, tokens)
     tree, queries = None, []
     if saved is not None and saved.num_layers:
