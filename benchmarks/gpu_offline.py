@@ -8,9 +8,9 @@ import numpy as np
 
 import squeezejax
 from benchmarks.gpu_trees import compare
+from squeezejax.offline.build import build_layer
 from squeezejax.pallas_kernels.hopper import kmeans_assign
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
-from squeezejax.offline.build import build_layer
 
 LAYERS = 32  # of the model that a time is given for: 8 key/value heads of 128, 128K keys, 5 % clusters
 

@@ -16,7 +16,7 @@ from squeezejax.offline.calibrate import calibrate
 from squeezejax.offline.kmeans import KMeans, kmeans
 from squeezejax.offline.progress import Progress
 from squeezejax.offline.squeeze import squeeze
-from squeezejax.offline.thresholds import log_thresholds
+from squeezejax.offline.thresholds import expected_missed_mass, log_thresholds, sparsity_for
 from squeezejax.online.attention import attend
 from squeezejax.online.estimate import add_value_centroids
 from squeezejax.online.generate import Generation, State, decode, dense_generate, generate, prefill
@@ -49,6 +49,7 @@ __all__ = [
     "calibrate",
     "decode",
     "dense_generate",
+    "expected_missed_mass",
     "generate",
     "kmeans",
     "load",
@@ -59,6 +60,7 @@ __all__ = [
     "save",
     "select",
     "shardings",
+    "sparsity_for",
     "split_context",
     "squeeze",
 ]

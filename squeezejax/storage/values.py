@@ -38,7 +38,8 @@ def check_values(leaves: dict, num_keys: int, parts: int):
         require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
         for name in ("thresholds", "block_thresholds"):
             require(not np.isnan(small.get(name, 0)).any(), "its thresholds are not numbers")
-        require(np.isfinite(small.get("denominators", 0)).all(), "its denominators are not finite")
+        for name in ("denominators", "missed_masses"):
+            require(np.isfinite(small.get(name, 0)).all(), f"its {name} are not finite")
 
 
 def _check_parts(parts: int, level, sizes, i: int):
