@@ -42,7 +42,7 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None, estimate
     """
     B, K, M, H = q.shape
     query = _query(q, valid, layer)
-    by_lane = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     levels = jax.tree.map(by_lane, tree.levels)
     values = [_value_table(level, H, tail) for level in levels]
     log_T = jnp.repeat(log_T, K, axis=0).T[:, :, None]  # [levels U 1]
@@ -115,7 +115,7 @@ def denominator(scores, counts, sink_scores, context: str | None = None):
 
 def _score_coarsest(tree, level, query: _Query, context: str | None):
     """(dots f32[U C M], log A f32[U C], lse f32[U M]) of the coarsest level."""
-    by_lane = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     sinks = by_lane(tree.window_keys[:, :, : tree.config.sinks])
 
     def one_lane(lane):  # sliced in here: only one head's centroids are ever copied out of the stack
