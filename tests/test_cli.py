@@ -51,7 +51,7 @@ def _model(vocab_size):
 
 def _build(folder, out, *extra):
     files = f"build --model {folder}/model --context {folder}/text.txt --out {folder}/{out}"
-    return cli.main([*f"{files} --window 8 --cluster-fractions 0.05,0.2 --quiet".split(), *extra])
+    return cli.main([*f"{files} --paper --window 8 --cluster-fractions 0.05,0.2 --quiet".split(), *extra])
 
 
 def _reference(tokenizer, messages, count):
@@ -175,7 +175,7 @@ def test_info(folder, capsys):
 
 def test_info_of_a_tree_that_is_not_calibrated(tmp_path):
     keys = jax.random.normal(jax.random.key(0), (2, 2, 40, 4))
-    config = SqueezeConfig(cluster_fractions=(0.2,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=0)
     labels = (np.broadcast_to(np.arange(40, dtype=np.int32) // 5, (2, 2, 40)),)
     storage.save(tmp_path / "bare.tree", build_tree(keys, keys, config, labels=labels))
     assert info.describe_tree(tmp_path / "bare.tree")["log_thresholds"] is None

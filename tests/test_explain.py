@@ -35,7 +35,7 @@ from squeezejax.storage import files as storage
 # ---- Numbers
 
 S, W, QUESTION, ANSWER = 40, 6, [3, 1, 4, 1, 5], [9, 2, 6]
-CONFIG = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=3, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=3, sparsity=0.6)
 TOKENS = np.random.default_rng(7).integers(0, 31, S + W)
 
 

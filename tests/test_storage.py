@@ -34,7 +34,7 @@ HASH = np.arange(32, dtype=np.uint8)
 
 def make_tree(dtype=jnp.float32, fractions=(0.1, 0.3), window=3, calibrated=True, tokens=23):
     """A tree of 2 layers and 2 heads; its table of thresholds is a small one, so that files are small."""
-    config = SqueezeConfig(cluster_fractions=fractions, observation_window=window, sparsity=0.7)
+    config = SqueezeConfig.paper(cluster_fractions=fractions, observation_window=window, sparsity=0.7)
     keys, values = jax.random.normal(jax.random.key(0), (2, 2, 2, tokens, 4))
     sizes = (*config.num_clusters(tokens - window), tokens - window)
     labels = (np.arange(below) * 7 % above for above, below in itertools.pairwise(sizes))  # K-means is slow to compile
@@ -121,7 +121,7 @@ def test_round_trip(tmp_path, dtype, fractions, calibrated):
 def test_round_trip_of_odd_shapes(tmp_path, window):
     """No window or one token of it, and dead clusters (labels that skip numbers), in a str path."""
     keys = jax.random.normal(jax.random.key(1), (1, 1, 5 + window, 3)).astype(jnp.bfloat16)
-    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=window)
+    config = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=window)
     tree = squeezejax.build_tree(keys, keys, config, labels=(np.array([[[0, 6, 6, 2, 0]]]),))
     save(str(tmp_path / "a"), tree)
     assert_same(load(str(tmp_path / "a")), tree)

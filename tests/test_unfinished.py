@@ -20,7 +20,7 @@ from squeezejax.offline import unfinished
 from squeezejax.storage import files as storage
 
 LAYERS = 3
-CONFIG = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
 TOKENS = np.random.default_rng(0).integers(0, 31, 66)
 
 
@@ -76,7 +76,7 @@ def sync_or_die(descriptor):
             os.kill(os.getpid(), signal.SIGKILL)
     sync(descriptor)
 os.fsync = sync_or_die
-config = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
+config = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
 squeeze(oracle.make_model(num_layers=3), np.random.default_rng(0).integers(0, 31, 66), config, checkpoint=folder)
 """
 

@@ -18,10 +18,10 @@ from squeezejax.command_line.commands import (
     model_directory,
     read_context,
     read_model_config,
+    squeeze_config,
     warn_of_length,
 )
 from squeezejax.command_line.trust import EMBEDDED, is_trusted, model_notes
-from squeezejax.config import SqueezeConfig
 from squeezejax.memory import readable_bytes
 from squeezejax.offline import unfinished
 from squeezejax.offline.progress import Bar
@@ -33,25 +33,14 @@ def build(arguments):
     """`squeezejax build`."""
     context = read_context(arguments.context)
     check_out(arguments.out, arguments.force, arguments.context)
-    config = SqueezeConfig(
-        cluster_fractions=arguments.cluster_fractions,
-        observation_window=arguments.window,
-        sparsity=arguments.sparsity,
-        coarse_margin=arguments.coarse_margin,
-        query_block=arguments.query_block,
-        kmeans_iterations=arguments.kmeans_iterations,
-        kmeans_tolerance=arguments.kmeans_tolerance,
-        kmeans_swap_rounds=arguments.kmeans_swap_rounds,
-        cluster_granule=arguments.cluster_granule,
-        cluster_cap=arguments.cluster_cap,
-    )
+    config = squeeze_config(arguments)
     folder = model_directory(arguments.model)
     model_config = read_model_config(folder)
     tokenizer = chat.load_tokenizer(folder)
     ids, prompt = chat.split_prompt(tokenizer, context)
-    if len(ids) <= config.observation_window:
+    if len(ids) <= config.always_read:
         raise ValueError(
-            f"{arguments.context} has {len(ids)} tokens only, and the window takes {config.observation_window}: "
+            f"{arguments.context} has {len(ids)} tokens only, and sinks and window take {config.always_read}: "
             "nothing is left to squeeze; give a longer text or a smaller --window"
         )
     _check_vocabulary(ids, model_config)

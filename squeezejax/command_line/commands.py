@@ -18,6 +18,7 @@ from squeezejax.chat import prompts as chat
 from squeezejax.chat.shown import shown, shown_line
 from squeezejax.chat.stream import Options, Session, pad
 from squeezejax.command_line.trust import EMBEDDED, check_trusted
+from squeezejax.config import SqueezeConfig
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
@@ -86,6 +87,13 @@ def warn_of_length(tokens: int, model_config):
             "expect wrong answers",
             file=sys.stderr,
         )
+
+
+def squeeze_config(arguments) -> SqueezeConfig:
+    """The configuration that options name, the rest being the defaults or, with --paper, the paper's."""
+    names = {field.name for field in dataclasses.fields(SqueezeConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return SqueezeConfig.paper(**given) if arguments.paper else SqueezeConfig(**given)
 
 
 # ---- ask

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from squeezejax.arguments import concrete
 from squeezejax.offline.thresholds import block_log_thresholds
@@ -44,13 +45,14 @@ def reading_of(
     Raises ValueError for options that exclude each other, are out of range, or need what the tree lacks;
     NotImplementedError for an implementation that cannot run here or cannot estimate.
     """
-    name = registry.resolve(implementation)
     if estimate is None:
+        name = registry.resolve(implementation)
         return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), implementation=name)
     if not isinstance(estimate, Estimate):
         raise ValueError(f"estimate must be a squeezejax.Estimate, such as Estimate(tail=True), got {estimate!r}")
-    if implementation not in (None, "xla"):
+    if implementation != "xla" and implementation in registry.names():
         raise NotImplementedError("estimates run as plain XLA: use implementation=None or 'xla'")
+    registry.resolve(implementation)  # refuses a name that is unknown
     if estimate.tail and any(level.value_centroids is None for level in tree.levels):
         raise ValueError("tail=True needs a tree with value centroids: tree = squeezejax.add_value_centroids(tree)")
     options = {"tail": bool(estimate.tail), "missed_mass": True, "implementation": "xla"}
@@ -58,11 +60,11 @@ def reading_of(
         return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), **options)
     if sparsity is not None or log_thresholds is not None:
         raise ValueError("give min_mass, sparsity or log_thresholds, not two of them")
-    if concrete(estimate.min_mass) and not 0 < estimate.min_mass <= 1:
-        raise ValueError(f"min_mass must be above 0 and at most 1, got {estimate.min_mass}")
     min_mass = jnp.asarray(estimate.min_mass, jnp.float32)
     if min_mass.ndim:
         raise ValueError(f"min_mass must be one number, got shape {min_mass.shape}")
+    if concrete(estimate.min_mass) and not 0 < estimate.min_mass <= 1:
+        raise ValueError(f"min_mass must be above 0 and at most 1, got {estimate.min_mass}")
     return Reading(min_mass=min_mass, **options)
 
 
@@ -79,7 +81,7 @@ def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None 
     """
     if log_thresholds is None:
         sparsity = tree.config.sparsity if sparsity is None else sparsity
-        if concrete(sparsity) and math.isnan(sparsity):
+        if concrete(sparsity) and np.ndim(sparsity) == 0 and math.isnan(sparsity):
             raise ValueError("sparsity must be a number, got NaN")
         found = log_thresholds_at(tree, sparsity), block_log_thresholds(tree, sparsity)
         cheaper = lambda log_T: None if log_T is None else dense_if_cheaper(tree, sparsity, log_T)
