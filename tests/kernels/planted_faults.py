@@ -42,12 +42,9 @@ def sparse_decode():
 
 
 def centroid_scores():
-    import interpreted_selection as selection
+    import interpreted_selection
 
-    from squeezejax.pallas_kernels.hopper import centroid_scores
-
-    centroid_scores.count_ctas = lambda per_multiprocessor: 1  # so that blocks of items wrap
-    selection.check((30, 1300), K=2, L=1, S=2600, fraction=0.8, dead=0.0)
+    interpreted_selection.deep()
 
 
 def sparse_prefill(H: int = 64):
