@@ -24,7 +24,7 @@ import jax  # noqa: E402 # isort: skip
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-TARGET = pathlib.Path(__file__).with_name("h200.textproto")
+TARGET_TEXT = pathlib.Path(__file__).with_name("h200.textproto").read_text()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Kernel:
     registers: int
     shared_memory: int  # bytes
     spilled: int  # bytes of spill stores and loads, and of stack
+    blocks: int  # CTAs of a grid of one axis
     wrong: tuple[str, ...]  # reductions of several warpgroups through the same shared memory (mosaic_code.py)
 
 
@@ -50,7 +51,7 @@ class Program:
 @functools.cache
 def sharding() -> NamedSharding:
     """The one device of the H200 that programs are compiled for."""
-    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET.read_text())
+    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET_TEXT)
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
 
 
@@ -64,7 +65,7 @@ def mesh(axes: dict[str, int]) -> Mesh:
     """H200s of one host, as many as the axes of this mesh have."""
     devices = math.prod(axes.values())
     topology = topologies.get_topology_desc(
-        "", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET.read_text()
+        "", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET_TEXT
     )
     return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
 
@@ -95,8 +96,9 @@ def _kernels():
         registers = int(re.search(r"[Uu]sed (\d+) registers", report)[1])
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         spilled = sum(int(n) for found in spills for n in found)
-        wrong = mosaic_code.shared_scratch(path.with_suffix(".after_layout_inference.txt").read_text())
-        yield Kernel(path.stem.rsplit("_", 1)[0], registers, shared_memory, spilled, tuple(wrong))
+        code = path.with_suffix(".after_layout_inference.txt").read_text()
+        blocks, wrong = mosaic_code.num_blocks(code), tuple(mosaic_code.shared_scratch(code))
+        yield Kernel(path.stem.rsplit("_", 1)[0], registers, shared_memory, spilled, blocks, wrong)
 
 
 @contextlib.contextmanager

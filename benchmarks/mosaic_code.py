@@ -62,10 +62,18 @@ def reductions(code: str) -> list[Reduction]:
     return found
 
 
+def num_blocks(code: str) -> int:
+    """CTAs of a kernel whose grid has one axis."""
+    return _launched(code, "blocks")
+
+
 def _num_warpgroups(code: str) -> int:
-    launch = re.search(r"gpu\.launch .* threads\(.*?\) in \(%\S+ = (%\S+),", code)
-    threads = re.search(rf"^ *{launch[1]} = arith\.constant (\d+) : index", code, flags=re.MULTILINE)
-    return int(threads[1]) // WARPGROUP
+    return _launched(code, "threads") // WARPGROUP
+
+
+def _launched(code: str, what: str) -> int:
+    launch = re.search(rf"gpu\.launch .*\b{what}\(.*?\) in \(%\S+ = (%\S+),", code)
+    return int(re.search(rf"^ *{launch[1]} = arith\.constant (\d+) : index", code, flags=re.MULTILINE)[1])
 
 
 def _taken(value, cases, case, warpgroup: int) -> bool:

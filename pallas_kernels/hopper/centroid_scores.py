@@ -137,6 +137,7 @@ def score_clusters(
                 return [base + granule for granule in granules], masks
 
             def fetch(tile, slot):
+                plgpu.commit_smem()  # the slot was read by loads, after which TMA, which overwrites it, needs a fence
                 if not in_order:
                     list_items(tile)
                 for i, granule in enumerate(find(tile)[0]):

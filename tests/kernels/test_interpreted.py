@@ -14,7 +14,7 @@ CHECKS = {
     "interpreted_attention": (
         "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "deep", "drawn",
     ),
-    "interpreted_selection": ("flat", "two_levels", "three_levels", "no_survivor", "many_clusters", "drawn"),
+    "interpreted_selection": ("flat", "two_levels", "three_levels", "deep", "no_survivor", "many_clusters", "drawn"),
     "interpreted_step": (
         "attend_flat", "attend_hierarchical", "equal_keys", "padded_in_the_middle", "self_checked",
     ),
