@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
     keys: jax.Array  # [L K S H], of which a method chooses
     values: jax.Array  # [L K S H]
-    window_keys: jax.Array  # [L K W H], which everybody attends to
+    window_keys: jax.Array  # [L K W H], which everybody attends to; first tokens of the context may come before them
     window_values: jax.Array  # [L K W H]
 
 
@@ -48,7 +48,8 @@ class Fixed:
     @functools.cached_property
     def built(self) -> Tree:
         """All levels, with value centroids, not calibrated."""
-        both = lambda *parts: jnp.concatenate(parts, axis=2)
+        window = lambda x: x[:, :, x.shape[2] - self.config.observation_window :]  # without first tokens before it
+        both = lambda x, last: jnp.concatenate([x, window(last)], axis=2)
         keys, values = both(self.cache.keys, self.cache.window_keys), both(self.cache.values, self.cache.window_values)
         return add_value_centroids(build_tree(keys, values, self.config))
 
@@ -222,7 +223,8 @@ def _snapkv_build(fixed: Fixed) -> Units:
     N, W = fixed.queries.shape[1:3]
     queries = fixed.queries.reshape(L, K, N // K, W, H) / jnp.sqrt(jnp.float32(H))
     before = jnp.einsum("LKGWH,LKSH->LKGWS", queries, fixed.cache.keys)
-    causal = jnp.tril(jnp.ones((W, W), bool))
+    everybodys = fixed.cache.window_keys.shape[2]  # the window, and first tokens before it where it holds them
+    causal = jnp.tril(jnp.ones((W, everybodys), bool), everybodys - W)
     own = jnp.einsum("LKGWH,LKVH->LKGWV", queries, fixed.cache.window_keys)
     own = jnp.where(causal[None, None, None], own, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1)[..., :S]
