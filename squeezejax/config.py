@@ -35,7 +35,7 @@ class SqueezeConfig:
             value, optional = getattr(self, name), name in ("query_block", "cluster_granule")
             if value is None and optional:
                 continue
-            if not isinstance(value, numbers.Integral):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if value >= 2**31:
                 raise ValueError(f"{name} must be below 2³¹")
@@ -45,6 +45,11 @@ class SqueezeConfig:
             raise ValueError(f"cluster_fractions must be fractions in (0, 1], coarse → fine, got {fractions}")
         if any(coarse >= fine for coarse, fine in itertools.pairwise(fractions)):
             raise ValueError(f"cluster_fractions must increase from coarse to fine, got {fractions}")
+        for name in ("sparsity", "coarse_margin", "kmeans_tolerance", "cluster_cap"):
+            value = getattr(self, name)
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not real and not (value is None and name == "cluster_cap"):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if math.isnan(self.sparsity):
             raise ValueError("sparsity must be a number, got NaN")
         if not 1 <= self.coarse_margin < math.inf:

@@ -119,11 +119,11 @@ def build_tree(
     keys, values = jnp.asarray(keys), jnp.asarray(values)
     _check_keys(keys, values, config)
     L = keys.shape[0]
+    if not isinstance(keys, jax.core.Tracer):
+        for i in range(L):
+            check_finite(keys[i], values[i], i)
     if labels is None:
         seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
-        if not isinstance(keys, jax.core.Tracer):
-            for i in range(L):
-                check_finite(keys[i], values[i], i)
         layers = [build_layer(keys[i], values[i], config, seeds[i], implementation) for i in range(L)]
     else:
         clusters = _check_labels(labels, keys, config)

@@ -228,6 +228,12 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
     )
+    command.add_argument(
+        "--implementation",
+        choices=("xla", "mosaic"),
+        help="choose keys by this one, even where reading all would be faster (default: the best, and every key where "
+        "choosing does not pay)",
+    )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
     command.add_argument(
         "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: 256)"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax.arguments import check_number
 from squeezejax.mesh import sharding
 from squeezejax.online.scores import score_heads
 from squeezejax.pallas_kernels.xla import attend as reference
@@ -31,14 +32,18 @@ def log_thresholds(tree: Tree, sparsity) -> jax.Array:
     """log T f32[levels], coarse → fine, at `sparsity` f32[], which may be traced.
 
     sparsity ≤ 0 gives −∞ (every key kept), ≥ 1 gives +∞ (only window and user tokens attended). Between grid points
-    thresholds are interpolated linearly, not their logarithms. Raises ValueError for a tree that is not calibrated.
+    thresholds are interpolated linearly, not their logarithms. Raises ValueError for a tree that is not calibrated, and
+    for a sparsity that is no number; NaN on a device or under a trace keeps every key, as 0 does.
     """
-    p = jnp.asarray(sparsity, jnp.float32)
-    if p.ndim:
-        raise ValueError(f"sparsity must be one number, got shape {p.shape}")
+    p = check_number("sparsity", sparsity)
     if tree.thresholds is None or tree.sparsities is None:
         raise ValueError("the tree has no thresholds: call squeezejax.calibrate(tree, queries) first")
-    grid, table = tree.sparsities, tree.thresholds
+    return _look_up(tree.sparsities, tree.thresholds, p)
+
+
+@jax.jit
+def _look_up(grid, table, p):
+    """log T f32[levels] at p f32[], from a grid f32[P] and table f32[levels P]."""
     inside = jnp.clip(p, 0.0, 1.0)
     # The first grid point that reaches p, so that the one before lies below it also where ones pad the grid.
     right = jnp.maximum(jnp.searchsorted(grid, inside), 1)
@@ -47,7 +52,7 @@ def log_thresholds(tree: Tree, sparsity) -> jax.Array:
     low, high = table[:, left], table[:, right]
     top = jnp.maximum(jnp.maximum(low, high), jnp.finfo(jnp.float32).min)  # finite: −∞ − −∞ would be NaN
     log_T = top + jnp.log((1 - weight) * jnp.exp(low - top) + weight * jnp.exp(high - top))
-    return jnp.where(p <= 0, -jnp.inf, jnp.where(p >= 1, jnp.inf, log_T))
+    return jnp.where(p > 0, jnp.where(p >= 1, jnp.inf, log_T), -jnp.inf)
 
 
 def calibrate(tree: Tree, queries) -> Tree:

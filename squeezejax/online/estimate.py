@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax.arguments import check_number
 from squeezejax.online.scores import map_over
 from squeezejax.online.select import resolve_thresholds
 from squeezejax.pallas_kernels.xla import attend as reference
@@ -53,9 +54,7 @@ def resolve(
         return resolve_thresholds(tree, sparsity, log_thresholds, implementation), Estimate(tail=tail)
     if sparsity is not None or log_thresholds is not None:
         raise ValueError("give min_mass, sparsity or log_thresholds, not two of them")
-    min_mass = jnp.asarray(min_mass, jnp.float32)
-    if min_mass.ndim:
-        raise ValueError(f"min_mass must be one number, got shape {min_mass.shape}")
+    min_mass = check_number("min_mass", min_mass, 0, 1, wanted="in [0, 1]")
     return None, Estimate(min_mass, tail)
 
 
@@ -124,7 +123,8 @@ def _fewest(log_mass, given_up, valid, wanted):
     order = jnp.argsort(-mass, stable=True)
     before = jnp.cumsum(mass[order]) - mass[order]
     found = jnp.zeros(mass.shape, bool).at[order].set(before < wanted)
-    return jnp.where(wanted >= 1, jnp.any(valid), found)  # else sums might round to 1 before the last cluster
+    # Else sums might round to 1 before the last cluster; NaN, which a trace lets through, keeps everything too.
+    return jnp.where(wanted < 1, found, jnp.any(valid))
 
 
 def _attend_centroids(log_mass, left, values):
