@@ -1,6 +1,7 @@
 """What a demanding user tries: wrong types and values, one key for many, guards against transfers, other registries."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,29 @@ def test_generate_under_a_transfer_guard(params, tree):
         state = squeezejax.prefill(params, tree, tokens, capacity=0)
         squeezejax.decode(params, tree, state, 2)
     assert found.tokens.shape == (3, NEW)
+
+
+WIDE = """
+import jax, jax.numpy as jnp, numpy as np, oracle
+from squeezejax import SqueezeConfig, generate, squeeze
+assert jax.config.jax_enable_x64
+params = oracle.make_model()
+config = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=4, kmeans_iterations=1)
+tree = squeeze(params, np.random.default_rng(0).integers(0, 31, 40), config)
+options = {"temperature": 1.0, "key": jax.random.key(0), "top_k": 5, "top_p": 0.9, "stop_tokens": [3]}
+found = generate(params, tree, [[1, 2, 3]], max_new_tokens=4, implementation="xla", **options)
+generate(params, tree, [[1, 2, 3]], max_new_tokens=4)
+for leaf in jax.tree.leaves((tree, found)):
+    assert leaf.dtype.itemsize <= 4, leaf.dtype
+"""
+
+
+def test_numbers_of_64_bits():
+    env = {**os.environ, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.path.dirname(oracle.__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_flax_serialization_takes_a_tree(tree):

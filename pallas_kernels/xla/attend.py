@@ -66,7 +66,7 @@ class LogMean(NamedTuple):
     @classmethod
     def start(cls, shape):
         """No row yet."""
-        return cls(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(()))
+        return cls(jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
 
     def add(self, scores, valid) -> "LogMean":
         """Adds rows of log S f32[M C] where valid bool[M]."""
@@ -127,7 +127,8 @@ class _Softmax(NamedTuple):
 
 
 def _softmax_start(U, M, H):
-    return _Softmax(jnp.full((U, M), MASKED), jnp.zeros((U, M)), jnp.zeros((U, M, H)))
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    return _Softmax(jnp.full((U, M), MASKED, jnp.float32), zeros(U, M), zeros(U, M, H))
 
 
 def _softmax_step(state: _Softmax, q, k, v, mask) -> _Softmax:

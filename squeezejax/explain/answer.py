@@ -137,7 +137,7 @@ def _read(params, tree: Tree, state: State, tokens, count, log_T):
     empty = lambda length, dtype: jnp.zeros((L, K, length), dtype)
     S, whole = tree.num_keys, tree.context_length
     reading = _Reading(empty(S, bool), empty(whole, jnp.float32), empty(S, jnp.float32))
-    carry = (state.keys, state.values, reading, jnp.zeros(()))
+    carry = (state.keys, state.values, reading, jnp.zeros((), jnp.float32))
     x, carry = params.run_layers(params.embed(tokens), tree.context_length + row[None], attend, carry)
     keys, values, reading, kept = carry
     logits = params.unembed(x[:, count - 1][:, None])[:, 0]

@@ -236,7 +236,8 @@ def _attend_fixed(tree: Tree, q, valid, layer, log_T, implementation: str, conte
 
     def every_key():
         with jax.named_scope("attend_every_key"):
-            return *reference.attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer), jnp.ones(B)
+            out = reference.attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer)
+            return *out, jnp.ones(B, jnp.float32)
 
     def kept_keys():
         runs = select_lanes(tree, q, valid, layer, log_T, context).runs

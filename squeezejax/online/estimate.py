@@ -88,7 +88,7 @@ def descend(levels: tuple[Level, ...], q, valid, log_T, estimate: Estimate, marg
     config's coarse_margin.
     """
     kepts, rest = [], []
-    given_up = jnp.full(len(q), MASKED)  # log of the mass that coarser levels have given up
+    given_up = jnp.full(len(q), MASKED, jnp.float32)  # log of the mass that coarser levels have given up
     for depth, level in enumerate(levels):
         alive = level.counts > 0
         if depth:

@@ -317,8 +317,8 @@ def _decode(params, tree, state: State, log_T, sampling: Sampling, num_tokens, i
         newest=zeros,
         active=jnp.ones(B, bool),
         lengths=zeros,
-        kept=jnp.zeros(B),
-        missed=None if estimate is None else jnp.zeros(B),
+        kept=jnp.zeros(B, jnp.float32),
+        missed=None if estimate is None else jnp.zeros(B, jnp.float32),
     )
     with jax.named_scope("decode"):
         loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
@@ -354,7 +354,8 @@ def _forward(params, tree: Tree, state: State, tokens, counts, log_T, implementa
         out = attend_user(tree, q, keys[layer], values[layer], layer, start, end, log_T, implementation, estimate)
         return (keys, values, jax.tree.map(jnp.add, shares, (out.kept, out.missed))), out.out
 
-    carry = (state.keys, state.values, (jnp.zeros(B), None if estimate is None else jnp.zeros(B)))
+    zeros = jnp.zeros(B, jnp.float32)
+    carry = (state.keys, state.values, (zeros, None if estimate is None else zeros))
     x = sharding.constrain(tree, params.embed(tokens), "BTD")
     x, (keys, values, shares) = params.run_layers(x, tree.context_length + row, attend, carry)
     return x, (keys, values), jax.tree.map(lambda share: share / tree.num_layers, shares)
@@ -387,8 +388,8 @@ def empty_state(params, tree: Tree, B: int, room: int) -> State:
         keys=jnp.zeros(shape, tree.keys.dtype),
         values=jnp.zeros(shape, tree.keys.dtype),
         lengths=jnp.zeros(B, jnp.int32),
-        logits=jnp.zeros((B, config.vocab_size)),
-        kept_fraction=jnp.zeros(B),
+        logits=jnp.zeros((B, config.vocab_size), jnp.float32),
+        kept_fraction=jnp.zeros(B, jnp.float32),
     )
     return sharding.constrain(tree, state)
 
