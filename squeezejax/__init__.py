@@ -7,6 +7,16 @@ answer = squeezejax.generate(params, tree, question_tokens)
 
 import importlib
 
+try:
+    importlib.import_module("squeezejax.pallas_kernels")
+except ModuleNotFoundError as error:
+    if error.name != "squeezejax.pallas_kernels":
+        raise
+    raise ImportError(
+        f"{__path__[0]} is squeezejax's source, whose parts come together when it is installed: run "
+        f"`pip install -e {__path__[0]}/..`, or start from another folder if it is installed already"
+    ) from None
+
 from squeezejax.config import SqueezeConfig
 from squeezejax.mesh.parts import split_context
 from squeezejax.mesh.sharding import shardings
@@ -24,6 +34,7 @@ from squeezejax.online.reading import Estimate
 from squeezejax.online.select import Selection, select
 from squeezejax.plan import Plan, plan
 from squeezejax.storage import exporting as _exporting  # noqa: F401 - registers our pytrees with jax.export
+from squeezejax.storage import flax_state as _flax_state  # noqa: F401 - and with flax.serialization
 from squeezejax.storage.files import Header, TreeFileError, load, read_header, save
 from squeezejax.tree import Level, Tree
 

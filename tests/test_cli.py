@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from squeezejax.chat.prompts import assistant, user
 from squeezejax.chat.shown import shown
 from squeezejax.command_line import cli, commands, demo, info, trust
 from squeezejax.explain.text import context_ids
+from squeezejax.online import fallback
 from squeezejax.storage import files as storage
 
 QUESTION = "What is the passcode of Amber Falcon?"
@@ -193,6 +195,25 @@ def test_as_a_program(folder):
     process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=120, check=False)
     os.close(writing)
     assert (process.returncode, process.stderr) == (cli.BROKEN_PIPE, b"")
+
+
+def test_dense_answers_are_said_to_be(folder, capsys, monkeypatch):
+    """Where selecting cannot pay, one line says so; a named implementation selects."""
+    monkeypatch.setattr(fallback, "OVERHEAD", 1e12)
+    ask = f"ask --tree {folder}/text.tree --max-new-tokens 2 --stats"
+    assert cli.main([*ask.split(), "hello"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2
+    assert re.fullmatch(r"squeezejax: every key is read: .* at sparsity 0.9, .*\(--implementation xla .*\)", err[0])
+    assert "kept: 100.0% in replying" in err[1]
+    assert cli.main([*ask.split(), "--implementation", "xla", "hello"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "kept: 100.0%" not in line
+    assert cli.main([*ask.split(), "--sparsity", "0", "hello"]) == 0
+    assert "every key is read" not in capsys.readouterr().err
+    page = ["--implementation", "xla", "--explain", f"{folder}/page.html", "hello"]
+    assert cli.main([*ask.split(), *page]) == 0
+    assert 'id="all-kept"' not in (folder / "page.html").read_text()
 
 
 # ---- Builds that meet, and files that cannot be written
@@ -450,7 +471,13 @@ def test_summary_says_what_was_measured():
 def test_what_next():
     assert "demo --out demo.tree" in demo.what_next(None, "Why?", lost=False)
     text = demo.what_next("my trees/demo.tree", "Why?", lost=True)
-    assert """squeezejax ask --tree 'my trees/demo.tree' --stats "Why?"\n""" in text
+    assert """squeezejax ask --tree 'my trees/demo.tree' --implementation xla --stats "Why?"\n""" in text
+    assert "squeezejax info 'my trees/demo.tree' " in text
+    for line in text.splitlines():  # what is suggested can be parsed
+        if "squeezejax ask" in line:
+            command = line.split("  see what")[0].split("  ask in")[0]
+            arguments = cli.make_parser().parse_args(shlex.split(command)[1:])
+            assert arguments.implementation == demo.IMPLEMENTATION
     assert "--sparsity 0.7 " in text
 
 

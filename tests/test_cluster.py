@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from squeezejax import SqueezeConfig, kmeans
 from squeezejax.offline import lloyd
-from squeezejax.offline.kmeans import Clustering, cluster, cluster_levels, num_segments, usual_segment
 from squeezejax.offline.build import build_tree
+from squeezejax.offline.kmeans import Clustering, cluster, cluster_levels, num_segments, usual_segment
 
 KEY = jax.random.key(0)
 S, H, C = 120, 5, 12

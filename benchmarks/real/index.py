@@ -51,7 +51,7 @@ def look(tree: Tree, q, layer, log_T, estimate: bool = False):
 
 
 def index_bytes(tree: Tree, looked: Looked) -> jax.Array:
-    """Bytes of the index read, f32[R K]: centroids as they are stored, with what else is scored, codes of candidates."""
+    """Bytes of the index read, f32[R K]: centroids as stored, with what else is scored, and codes of candidates."""
     H, config = tree.keys.shape[-1], tree.config
     of_cluster = bytes_of(H, config.index_bits) + 4 + (2 if config.score == "variance" else 0)  # a count, a spread
     of_code = bytes_of(H, config.key_bits) if config.key_bits else 0

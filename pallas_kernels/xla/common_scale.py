@@ -176,7 +176,7 @@ def _score_listed(level, values, query: _Query, lse, log_t, runs: Runs, left: So
             left = _leave(left, scores + _log(here.counts)[:, :, None], alive & ~kept, take(values))
         return all_dots, all_kept, left
 
-    start = (jnp.zeros((U, C, M)), jnp.zeros((U, C), bool), left)
+    start = (jnp.zeros((U, C, M), jnp.float32), jnp.zeros((U, C), bool), left)
     return jax.lax.fori_loop(0, _blocks(runs, block), step, start)
 
 
@@ -217,7 +217,7 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
         found = found.at[lane, slot].set(rows, mode="drop")
         if left is not None:
             left = _leave(left, scores, listed & ~kept, take(values, owners))
-        return found, used + jnp.sum(kept, axis=1), left
+        return found, used + jnp.sum(kept, axis=1, dtype=jnp.int32), left
 
     start = (jnp.zeros((U, R), jnp.int32), jnp.zeros(U, jnp.int32), left)
     found, used, left = jax.lax.fori_loop(0, _blocks(runs, block), step, start)

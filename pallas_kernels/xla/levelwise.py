@@ -138,7 +138,7 @@ class LogMean(NamedTuple):
     @classmethod
     def start(cls, shape):
         """No row yet."""
-        return cls(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(()))
+        return cls(jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
 
     def add(self, scores, valid) -> "LogMean":
         """Adds rows of log S f32[M C] where valid bool[M]."""

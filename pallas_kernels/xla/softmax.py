@@ -67,7 +67,8 @@ class Softmax(NamedTuple):
     @classmethod
     def start(cls, U: int, M: int, H: int) -> "Softmax":
         """No key yet, for U lanes of M rows."""
-        return cls(jnp.full((U, M), MASKED), jnp.zeros((U, M)), jnp.zeros((U, M, H)))
+        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        return cls(jnp.full((U, M), MASKED, jnp.float32), zeros(U, M), zeros(U, M, H))
 
     def add(self, q, k, v, mask) -> "Softmax":
         """With keys k, values v [U J H] where mask bool[U J], for queries q [U M H]."""

@@ -24,6 +24,7 @@ from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
 from squeezejax.online.generate import dense_generate
+from squeezejax.online.select import resolve_thresholds
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
@@ -133,8 +134,11 @@ def ask(arguments):
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        implementation=arguments.implementation,
     )
     asking = _Asking(params, tree, tokenizer, prompt, options, arguments.stats)
+    if not arguments.dense:
+        _say_if_dense(asking)
     if arguments.chat:
         return _chat(asking, list(arguments.questions))
     session = Session(params, tree, options)
@@ -148,6 +152,18 @@ def ask(arguments):
             _answer(asking, session, ids)
     if context is not None:
         _explain(asking, ids, session.ids[len(ids) :], context, arguments)
+
+
+def _say_if_dense(asking: _Asking):
+    """Says on standard error that every key will be read, though a sparsity was asked for, and why."""
+    tree, options = asking.tree, asking.options
+    sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
+    if sparsity > 0 and np.all(np.asarray(resolve_thresholds(tree, sparsity, None, options.implementation)) == -np.inf):
+        print(
+            f"squeezejax: every key is read: in a text of {tree.context_length:,} tokens, at sparsity {sparsity:g}, "
+            "choosing keys would take longer than reading all (--implementation xla chooses them anyway)",
+            file=sys.stderr,
+        )
 
 
 def _check_ask(arguments):
@@ -233,6 +249,7 @@ def _answer_densely(asking: _Asking, ids, number: int):
             top_k=options.top_k,
             top_p=options.top_p,
             stop_tokens=options.stop_tokens,
+            implementation=options.implementation,
             key=jax.random.fold_in(jax.random.key(options.seed), number),
         )
         return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
@@ -262,7 +279,9 @@ def _explain(asking: _Asking, question: list[int], answer: list[int], context: l
         sparsity=asking.tree.config.sparsity if options.sparsity is None else options.sparsity,
         tree=os.path.basename(arguments.tree),
     )
-    found = explain(asking.params, asking.tree, question, answer, sparsity=options.sparsity)
+    found = explain(
+        asking.params, asking.tree, question, answer, sparsity=options.sparsity, implementation=options.implementation
+    )
     with storage.replacing(os.path.realpath(arguments.explain)) as file:
         file.write(explain_page.render(found, about).encode())
     print(f"[what was read, as a page for a browser: {arguments.explain}]", file=sys.stderr)

@@ -115,13 +115,13 @@ def what_next(out: str | None, question: str, lost: bool) -> str:
         "squeezejax build --help": "your own text, and any Llama, Mistral or Qwen checkpoint",
     }
     if out is not None:
-        tree = shlex.quote(out)
+        tree = f"{shlex.quote(out)} --implementation {IMPLEMENTATION}"  # as the answers above
         del commands["squeezejax demo --out demo.tree"]
         commands = {
             f'squeezejax ask --tree {tree} --stats "{question}"': "",
             f"squeezejax ask --tree {tree} --chat": "ask in the words of the questions above",
             f'squeezejax ask --tree {tree} --explain page.html "{question}"': "see what was read",
-            f"squeezejax info {tree}": "what the squeezed text holds",
+            f"squeezejax info {shlex.quote(out)}": "what the squeezed text holds",
             **commands,
         }
     lines = [f"  {command:40} {purpose}".rstrip() for command, purpose in commands.items()]

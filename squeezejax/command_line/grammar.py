@@ -243,7 +243,9 @@ The new text follows the old one after an empty line.""",
     required.add_argument("--tree", required=True, metavar="OLD", help="what `build` or `append` wrote")
     required.add_argument("--context", required=True, metavar="FILE", help="the text to add, UTF-8")
     required.add_argument("--out", required=True, metavar="TREE", help="file to write; with --force also OLD")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names, if you built it)"
+    )
     _add_work(command)
     return command
 
@@ -265,13 +267,21 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     )
     command.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes")
     command.add_argument("--tree", required=True, metavar="TREE", help="what `build` wrote (required)")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names, if you built it)"
+    )
     command.add_argument(
         "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
     )
     command.add_argument("--sparsity", type=fraction, metavar="X", help=_SPARSITY.replace("0.9", "as built"))
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
+    )
+    command.add_argument(
+        "--implementation",
+        choices=("xla", "mosaic"),
+        help="choose keys by this one, even where reading all would be faster (default: the best, and every key where "
+        "choosing does not pay)",
     )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
     command.add_argument(

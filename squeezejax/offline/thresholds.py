@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax.arguments import check_number
 from squeezejax.tree import Tree
 
 GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.float32)
@@ -49,12 +50,15 @@ def sparsity_for(tree: Tree, missed_mass: float) -> float:
 
 
 def _look_up(tree: Tree, sparsity, table) -> jax.Array:
-    p = jnp.asarray(sparsity, jnp.float32)
-    if p.ndim:
-        raise ValueError(f"sparsity must be one number, got shape {p.shape}")
+    p = check_number("sparsity", sparsity)
     if table is None or tree.sparsities is None:
         raise ValueError("the tree has no thresholds: call squeezejax.calibrate(tree, queries) first")
-    grid = tree.sparsities
+    return _interpolate(tree.sparsities, table, p)
+
+
+@jax.jit
+def _interpolate(grid, table, p):
+    """log T f32[levels] at p f32[], from a grid f32[P] and table f32[levels P]."""
     p = jnp.where(jnp.isnan(p), 0.0, p)
     inside = jnp.clip(p, 0.0, 1.0)
     # The first grid point that reaches p, so that the one before lies below it also where ones pad the grid.

@@ -37,7 +37,7 @@ from squeezejax.storage.header import (
     encode,
     parse_header,
 )
-from squeezejax.storage.values import check_values
+from squeezejax.storage.values import check_finite, check_values
 from squeezejax.tree import Level, Tree
 
 try:
@@ -98,6 +98,11 @@ def load(path, params=None, *, mesh=None) -> Tree:
             rows = _aligned_copy(rows) if on_cpu and mesh is None else rows
             if zlib.crc32(rows.reshape(-1).view(np.uint8)) != tensor.crc32:
                 raise TreeFileError(f"is altered: its tensor {name} does not match its checksum")
+            if name.endswith(("keys", "values")):
+                try:
+                    check_finite(name, rows)
+                except ValueError as error:
+                    raise TreeFileError(f"is not a valid squeezejax tree: {error}") from error
             # On one device, done with the map before the next one.
             leaves[name] = rows if mesh is not None else jax.block_until_ready(jax.device_put(rows))
         try:
@@ -176,7 +181,13 @@ def _write(path: str, header: Header, pieces):
         # Checksums come first in the file and are known last; their digits have a fixed number.
         file.seek(len(encode(header)))
         for name, piece in pieces:
-            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            rows = np.ascontiguousarray(piece)
+            if name.endswith(("keys", "values")):
+                try:
+                    check_finite(name, rows)
+                except ValueError as error:
+                    raise ValueError(f"cannot save this tree: {error}") from error
+            data = rows.reshape(-1).view(np.uint8)
             checksums[name] = zlib.crc32(data, checksums[name])
             file.write(data)
         tensors = {name: dataclasses.replace(header.tensors[name], crc32=crc32) for name, crc32 in checksums.items()}
@@ -190,7 +201,7 @@ def _write_together(path: str, header: Header, pieces):
     try:
         if jax.process_index() == 0:
             _write(path, header, pieces)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         failure = error
     for _ in pieces:  # also after a failure: the other processes are waiting to hand over theirs
         pass
