@@ -78,7 +78,7 @@ def unpack(packed, H: int):
     """Levels f32[… H] of packed u8[… bits·⌈H/8⌉], in units of a row's step."""
     size = packed.shape[-1]
     bits = size // -(-H // 8)
-    # In 32 bits and as one broadcast: six times as fast as bytes and a concatenation, as XLA's CPU backend compiles them.
+    # In 32 bits and as one broadcast: six times as fast as bytes and a concatenation, in XLA on a CPU.
     shifts = jnp.arange(0, 8, bits, dtype=jnp.int32)
     parts = packed.astype(jnp.int32)[..., None, :] >> shifts.reshape((1,) * (packed.ndim - 1) + (-1, 1))
     levels = (parts & (2**bits - 1)).astype(jnp.float32) - (2**bits - 1) / 2
