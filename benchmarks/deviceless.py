@@ -64,9 +64,7 @@ def on_device(tree):
 def mesh(axes: dict[str, int]) -> Mesh:
     """H200s of one host, as many as the axes of this mesh have."""
     devices = math.prod(axes.values())
-    topology = topologies.get_topology_desc(
-        "", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET_TEXT
-    )
+    topology = topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET_TEXT)
     return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
 
 

@@ -51,7 +51,10 @@ class Bench:
         """(a configuration's view of the context, made once, and its questions) of one sample."""
         sample = tasks.make_sample(task, seed, length, split=split)
         context = measure.read(self.params, measure.context_ids(self.encoder, sample, length))
-        return functools.cache(lambda config: measure.divide(context, config)), measure.ask(self.encoder, sample)
+        weights = measure.weights_of(self.params, length)
+        return functools.cache(lambda config: measure.divide(context, config, weights)), measure.ask(
+            self.encoder, sample
+        )
 
     def tune(self, length: int, names: list[str], methods: list[Method], say) -> dict[str, dict]:
         """What is known of every method at this length: settings with what they keep and read on average, or, where

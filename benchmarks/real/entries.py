@@ -18,10 +18,11 @@ from benchmarks.quality import methods as quality
 from benchmarks.quality.methods import Fixed, Method, everywhere
 from benchmarks.quality.variants import ABLATIONS
 from benchmarks.quality.variants import METHODS as QUALITY
-from benchmarks.real.index import index_bytes, look
+from benchmarks.real.index import find, index_bytes, look
 from benchmarks.real.passes import SINKS, Chosen
 from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds
-from squeezejax.online.estimate import Estimate, descend
+from squeezejax.offline.build import dimension_weights
+from squeezejax.pallas_kernels.interface import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,44 +132,36 @@ def _library(estimate: bool):
 
 def estimated_log_mass(tree, log_T, layer, q):
     """Log of the mass that the library's own estimate gives to keys not kept: f32[K R G], q [R N H]."""
-    R, N, H = q.shape
+    R, N, _ = q.shape
     K = tree.keys.shape[1]
-    rows = q.reshape(R, K, N // K, H).swapaxes(0, 1)
-    valid = jnp.ones(N // K, bool)
+    reading = Reading(log_T, missed_mass=True)
 
-    def one_head(lane):
-        head, q = lane
-        levels = jax.tree.map(lambda leaf: leaf[layer, head], tree.levels)
+    def one(token):  # [N H] -> f32[K G]
+        rest = find(tree, token, layer, reading).rest
+        return functools.reduce(jnp.logaddexp, [lse for _, lse in rest])[0]
 
-        def one(q):
-            _, rest = descend(levels, q, valid, log_T, Estimate(), tree.config.coarse_margin)
-            return functools.reduce(jnp.logaddexp, [lse for _, lse in rest])
-
-        return jax.vmap(one)(q)
-
-    return jax.lax.map(one_head, (jnp.arange(K), rows))
+    return jax.lax.map(one, q).swapaxes(0, 1).reshape(K, R, N // K)
 
 
 def library(name: str, config: SqueezeConfig, estimate: bool = True) -> Entry:
     """What the library does with a configuration, by its public functions alone."""
 
     def build(fixed, material):
-        context, sinks = material.context, getattr(config, "sinks", 0)
-        tree = build_tree(context.keys, context.values, config)
+        context, sinks = material.context, config.sinks
+        weights = dimension_weights(material.params.key_frequencies(), len(material.ids))
+        tree = build_tree(context.keys, context.values, config, weights=weights)
         # The sinks leave the clusters where the configuration says so; here it is only checked that they did.
         if tree.num_keys != context.keys.shape[2] - sinks - config.observation_window:
             raise ValueError(f"{name}: the tree has {tree.num_keys} clustered keys, not those of this configuration")
         return calibrate(tree, fixed.queries)
 
     knob = lambda fixed, tree, sparsity: log_thresholds(tree, sparsity)
-    sinks = getattr(config, "sinks", 0)
-    return Entry(name, build, _library(estimate), knob, "sparsity", config, sinks, asked=config.sparsity)
+    return Entry(name, build, _library(estimate), knob, "sparsity", config, config.sinks, asked=config.sparsity)
 
 
 def paper(**changes) -> SqueezeConfig:
-    """The paper's method: the library's own word for it where it has one."""
-    make = getattr(SqueezeConfig, "paper", SqueezeConfig)
-    return make(**changes)
+    """The paper's method."""
+    return SqueezeConfig.paper(**changes)
 
 
 # ---- KVzip (Kim et al., arXiv 2505.23416)

@@ -1,7 +1,4 @@
-"""What looking up keys in a tree reads: one function that counts, one that turns counts into bytes.
-
-Where the library's index gets a part that is read (keys' codes, a variance, few bits), it is counted here.
-"""
+"""What looking up keys in a tree reads: one function that counts, one that turns counts into bytes."""
 
 import dataclasses
 import functools
@@ -9,7 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from squeezejax import Selection, Tree, select
+from squeezejax import Selection, Tree
+from squeezejax.online.select import kept_rows
+from squeezejax.pallas_kernels.codes import bytes_of
+from squeezejax.pallas_kernels.interface import Reading
+from squeezejax.pallas_kernels.layout import split_heads, to_lanes
+from squeezejax.pallas_kernels.xla.backend import select
+from squeezejax.pallas_kernels.xla.lists import Found
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -23,28 +26,35 @@ class Looked:
 
 def look(tree: Tree, q, layer, log_T) -> tuple[jax.Array, Looked]:
     """Selects for q [N H], one token, as the library does -> (bool[K S], `Looked`)."""
-    picked = lambda tree: select(tree, q[None], layer=layer, log_thresholds=log_T[: len(tree.levels)])
+    found = find(tree, q, layer, Reading(log_T))
     clusters = live(tree, 0, layer).sum(axis=1)
-    candidates = None
     for depth in range(1, len(tree.levels)):
         # The levels above by themselves are a tree too, and what it keeps is what is looked at below.
-        above: Selection = picked(dataclasses.replace(tree, levels=tree.levels[:depth], config=_shallow(tree, depth)))
-        parents = tree.levels[depth].parents[layer]
-        seen = jnp.take_along_axis(above.kept, parents, axis=1) & live(tree, depth, layer)
+        above = dataclasses.replace(
+            tree, levels=tree.levels[:depth], key_codes=None, key_steps=None, config=_shallow(tree, depth)
+        )
+        kept = find(above, q, layer, Reading(log_T[:depth])).clusters[0]
+        seen = jnp.take_along_axis(kept, tree.levels[depth].parents[layer], axis=1) & live(tree, depth, layer)
         clusters = clusters + seen.sum(axis=1)
-    if getattr(tree.config, "key_bits", 0):
-        raise NotImplementedError("count the keys whose codes are scored here: candidates of the clusters")
-    codes = jnp.zeros_like(clusters) if candidates is None else candidates
-    return picked(tree).key_mask(tree), Looked(clusters, codes)
+    codes = jnp.zeros_like(clusters)
+    if tree.key_codes is not None:  # of every key of a cluster that is kept
+        codes = jnp.sum(jnp.where(found.clusters[0], tree.levels[-1].counts[layer], 0), axis=1)
+    layer = jnp.asarray(layer, jnp.int32)
+    return Selection(kept_rows(tree, found, layer)[0], layer).key_mask(tree), Looked(clusters, codes)
+
+
+def find(tree: Tree, q, layer, reading: Reading) -> Found:
+    """The library's own selection for q [N H], one token."""
+    rows = to_lanes(split_heads(q[None, None], tree.num_kv_heads))
+    return select(tree, rows, jnp.ones((1, rows.shape[2]), bool), rows.shape[2], layer, reading)
 
 
 def index_bytes(tree: Tree, looked: Looked) -> jax.Array:
     """Bytes of the index read, f32[K]: centroids as they are stored, with their counts, and codes of candidates."""
-    H = tree.keys.shape[-1]
-    bits, key_bits = getattr(tree.config, "index_bits", 32), getattr(tree.config, "key_bits", 0)
-    # A count; in few bits a scale, and the variance that comes with it.
-    of_cluster = bits * H / 8 + 4 + (4 if bits < 16 else 0)
-    of_code = key_bits * H / 8 + 2
+    H, config = tree.keys.shape[-1], tree.config
+    # With a count, and a variance where the score has one.
+    of_cluster = bytes_of(H, config.index_bits) + 4 + (2 if config.score == "variance" else 0)
+    of_code = bytes_of(H, config.key_bits) if config.key_bits else 0
     return looked.clusters.astype(jnp.float32) * of_cluster + looked.codes.astype(jnp.float32) * of_code
 
 
@@ -54,4 +64,4 @@ def live(tree: Tree, depth: int, layer) -> jax.Array:
 
 
 def _shallow(tree: Tree, depth: int):
-    return dataclasses.replace(tree.config, cluster_fractions=tree.config.cluster_fractions[:depth])
+    return dataclasses.replace(tree.config, cluster_fractions=tree.config.cluster_fractions[:depth], key_bits=0)

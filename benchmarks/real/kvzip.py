@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.real.passes import BLOCK, HIDDEN, SINKS, Read
-from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 CHUNK = 2048  # tokens repeated at once, the paper's
 ASK = "\n\nRepeat the previous context exactly."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.quality.methods import Cache, Fixed
 from squeezejax import SqueezeConfig
-from squeezejax.online.partial import merge
+from squeezejax.pallas_kernels.xla.softmax import merge
 
 HIDDEN = -1e30
 BLOCK = 128  # query tokens whose scores are held at once
@@ -76,14 +76,14 @@ def causal(q, k, v):
     return jnp.concatenate(parts, axis=1)
 
 
-def divide(context: Read, config: SqueezeConfig, sinks: int = 0) -> Fixed:
+def divide(context: Read, config: SqueezeConfig, sinks: int = 0, weights=None) -> Fixed:
     """A context with its first `sinks` tokens and its last ones, the window, as what everybody attends to."""
     W = config.observation_window
     last = context.keys.shape[2] - W
     ends = lambda x: jnp.concatenate([x[:, :, :sinks], x[:, :, last:]], axis=2)
     clustered = lambda x: x[:, :, sinks:last]
     cache = Cache(clustered(context.keys), clustered(context.values), ends(context.keys), ends(context.values))
-    return Fixed(cache, context.queries[:, :, -W:], config)
+    return Fixed(cache, context.queries[:, :, -W:], config, weights)
 
 
 # ---- Tokens after the context
