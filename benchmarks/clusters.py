@@ -23,9 +23,10 @@ import numpy as np
 
 import squeezejax
 from benchmarks import timing
+from benchmarks.embedded import batches
 from squeezejax import SqueezeConfig, Tree, build_tree, calibrate, log_thresholds
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches, text
+from squeezejax.models.embedded import text
 from squeezejax.pallas_kernels.hopper.backend import GRANULE
 from squeezejax.pallas_kernels.xla.dense import causal_attention
 from squeezejax.pallas_kernels.xla.levelwise import score_heads

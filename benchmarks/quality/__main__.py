@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.embedded.batches import Encoder
 from benchmarks.quality import measure, report, tasks
 from benchmarks.quality.methods import Method
 from benchmarks.quality.variants import ABLATIONS, METHODS
 from squeezejax import models
 from squeezejax.models import embedded
-from squeezejax.models.embedded.batches import Encoder
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125, 0.02)
 ABLATION_BUDGETS = (0.125, 0.0625)

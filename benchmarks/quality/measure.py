@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.embedded.batches import Encoder
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import CONFIG, Cache, Fixed, Method
 from squeezejax import SqueezeConfig
 from squeezejax.models.embedded import text
-from squeezejax.models.embedded.batches import Encoder
 from squeezejax.offline.build import dimension_weights
 from squeezejax.pallas_kernels.xla.dense import causal_attention
 from squeezejax.pallas_kernels.xla.softmax import merge
