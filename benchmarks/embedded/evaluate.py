@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.embedded.batches import Encoder
+from squeezejax import models
 from squeezejax.models import Llama, embedded
 from squeezejax.models.embedded import text
 from squeezejax.pallas_kernels.layout import split_heads
