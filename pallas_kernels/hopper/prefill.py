@@ -57,7 +57,7 @@ def select(q, valid, levels, layer, log_T):
 
 
 def attend_kept(q, keys, values, kept, starts, counts, layer) -> Attended:
-    """Attention of blocks of query rows, q [U M H], each over the rows of its kept clusters (docs/method.md, Selection).
+    """Attention of blocks of query rows, q [U M H], over the rows of its kept clusters (docs/method.md, Selection).
 
     Lane u is of key/value head u mod K; keys, values [L K R H]; kept bool[U C], clusters of the finest level that are
     runs of rows given by starts, counts i32[K C]; layer i32[], may be traced. Blocks are taken together as far as

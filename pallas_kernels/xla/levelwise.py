@@ -116,7 +116,7 @@ def score_clusters(q, centroids, counts, alive, valid, *, context: str | None = 
 
 def centroid_dots(q, centroids) -> jax.Array:
     """s(q, c) = q·c/√H in float32: q [M H], centroids f32[C H] -> f32[M C]."""
-    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (docs/method.md, Numerical traps).
+    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (docs/method.md).
     dots = jnp.einsum("MH,CH->MC", q.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST)
     return dots / math.sqrt(q.shape[-1])
 

@@ -255,7 +255,7 @@ def _run_lengths(owner, num_owners: int):
 
 def _means(rows, row_cluster, counts, starts):
     """Mean of each cluster f32[C H]; rows f32[S H] in cluster order, row_cluster i32[S] ascending."""
-    # First row + mean difference: equal keys then give exactly that key, and ties stay ties (docs/method.md, Numerical traps).
+    # First row + mean difference: equal keys then give exactly that key, and ties stay ties (docs/method.md).
     first = rows[jnp.minimum(starts, rows.shape[0] - 1)]
     excess = segment_sum(rows - first[row_cluster], row_cluster, len(counts))
     centroids = first + excess / jnp.maximum(counts, 1).astype(jnp.float32)[:, None]
