@@ -1,4 +1,4 @@
-"""When selecting keys does not pay: the rule that turns a request into dense attention (design.md, dense fallback).
+"""When selecting keys does not pay: the rule that turns a request into dense attention (docs/method.md, Selection).
 
 Selecting costs a fixed overhead and a look-up that grows with the context, and a kept key, read by list, costs more
 than a key read in order. With the time of dense attention as the unit, a step over S keys that keeps the fraction f
