@@ -16,7 +16,7 @@ from squeezejax import SqueezeConfig, attend, build_tree, log_thresholds, models
 from squeezejax.chat import prompts as chat
 from squeezejax.models import embedded
 
-CONFIG = entries.paper(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
 DEFAULT = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
 LENGTH, FED = 60, 20
 
@@ -128,7 +128,7 @@ def test_bytes_of_an_index_by_hand():
     keys = np.concatenate([np.repeat(4 * directions, 6, axis=0), np.zeros((2, 8), np.float32)])[None, None]
     fine = np.repeat(np.arange(12), 2)[None, None]
     parents = np.repeat(np.arange(4), 3)[None, None]
-    config = entries.paper(cluster_fractions=(0.1, 0.5), observation_window=2)
+    config = SqueezeConfig.paper(cluster_fractions=(0.1, 0.5), observation_window=2)
     tree = build_tree(keys, keys, config, labels=(parents, fine))
     q = jnp.asarray(10 * directions[:1])
     mask, looked = index.look(tree, q, 0, jnp.array([-5.0, -5.0]))
