@@ -18,11 +18,13 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 os.environ.update(MOSAIC_GPU_DUMP_TO=str(_DUMP), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
 
-import jax  # noqa: E402
+from benchmarks import mosaic_code  # noqa: E402
+
+import jax  # noqa: E402 # isort: skip
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-TARGET = pathlib.Path(__file__).with_name("h200.textproto")
+TARGET_TEXT = pathlib.Path(__file__).with_name("h200.textproto").read_text()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Kernel:
     registers: int
     shared_memory: int  # bytes
     spilled: int  # bytes of spill stores and loads, and of stack
+    blocks: int  # CTAs of a grid of one axis
+    wrong: tuple[str, ...]  # reductions of several warpgroups through the same shared memory (mosaic_code.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Program:
 @functools.cache
 def sharding() -> NamedSharding:
     """The one device of the H200 that programs are compiled for."""
-    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET.read_text())
+    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET_TEXT)
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
 
 
@@ -60,9 +64,7 @@ def on_device(tree):
 def mesh(axes: dict[str, int]) -> Mesh:
     """H200s of one host, as many as the axes of this mesh have."""
     devices = math.prod(axes.values())
-    topology = topologies.get_topology_desc(
-        "", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET.read_text()
-    )
+    topology = topologies.get_topology_desc("", platform="cuda", topology=f"1x1x{devices}", target_config=TARGET_TEXT)
     return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
 
 
@@ -76,22 +78,25 @@ def compile_program(function, *args, out_shardings=None) -> Program:
     """Compiles a function of `on_device` arguments; the GPU's code is made, nothing runs."""
     for path in _DUMP.iterdir():
         path.unlink()
-    with _silence_stderr():
+    from squeezejax.pallas_kernels.hopper import mosaic  # which older JAX lacks
+
+    target = min(sharding().device_set, key=lambda device: device.id)
+    with _silence_stderr(), mosaic.compile_for(target):
         compiled = jax.jit(function, out_shardings=out_shardings or sharding()).lower(*args).compile()
     return Program(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, tuple(_kernels()))
 
 
 def _kernels():
     for path in sorted(_DUMP.glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1])):
-        report, _ptx = path.read_text(), path.with_suffix(".ptx").read_text()
-
+        report = path.read_text()
         resources = path.with_suffix(".resources.txt").read_text()
         shared_memory = int(re.search(r"smem_scratch_bytes=(\d+)", resources)[1])
         registers = int(re.search(r"[Uu]sed (\d+) registers", report)[1])
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        yield Kernel(
-            path.stem.rsplit("_", 1)[0], registers, shared_memory, sum(int(n) for found in spills for n in found)
-        )
+        spilled = sum(int(n) for found in spills for n in found)
+        code = path.with_suffix(".after_layout_inference.txt").read_text()
+        blocks, wrong = mosaic_code.num_blocks(code), tuple(mosaic_code.shared_scratch(code))
+        yield Kernel(path.stem.rsplit("_", 1)[0], registers, shared_memory, spilled, blocks, wrong)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import cache_of, device_tree, find_thresholds, queries, require, seconds_a_step, step_of
+from benchmarks.gpu_trees import (
+    cache_of,
+    compare,
+    device_tree,
+    find_thresholds,
+    queries,
+    require,
+    seconds_a_step,
+    step_of,
+)
 from squeezejax.pallas_kernels.hopper import decode, self_check, sparse_decode
+from squeezejax.pallas_kernels.hopper.mosaic import count_ctas
 from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed
 from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
@@ -25,6 +35,8 @@ TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 SHAPES = [(128, 4, 8, 1, "bfloat16"), (64, 4, 4, 2, "float16"), (96, 9, 2, 1, "bfloat16"), (192, 2, 2, 1, "float16"),
           (256, 16, 2, 2, "bfloat16"), (128, 1, 32, 1, "bfloat16"), (128, 8, 1, 40, "bfloat16")]  # fmt: skip
 ROOM = 64  # own tokens of every user
+CACHED = 250e6  # bytes: four times an H200's second-level cache
+SAME = 2e-2  # largest difference of outputs from plain XLA's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +54,13 @@ class Step:
         levels = f", {len(self.fractions)} levels" if len(self.fractions) > 1 else ""
         users = f", {self.users} users" if self.users > 1 else ""
         return f"{self.heads}/{self.kv_heads}, {self.num_keys // 1024}K, {self.kept:.2f}{levels}{users}"
+
+    def layers(self) -> int:
+        """Layers that come in turn, so that what they keep is a few times what the device's cache holds."""
+        if self.num_keys < 2**13:
+            return 2  # shrunk
+        kept = 2 * 2 * self.users * self.kept * self.num_keys * self.kv_heads * 128
+        return int(min(32, max(2, -(-CACHED // kept))))
 
     def shrunk(self) -> "Step":
         """A step of the same kind that the interpreter can do."""
@@ -75,26 +94,32 @@ def suites() -> dict:
 
 def checks() -> dict:
     """name -> what has to be right before any time means something."""
-    return {"check attention": check_attention, "check selection": check_selection, "check step": check_step}
+    return {
+        "check attention": check_attention, "check selection": check_selection, "check step": check_step,
+        "check ties": check_ties,
+    }  # fmt: skip
 
 
-def check_attention(dry: bool, seed: int) -> dict:
+def check_attention(dry: bool, seed: int, note):
     """The attention kernel on random lists, windows and own tokens: the largest error, and two runs bit by bit."""
     rng = np.random.default_rng(seed)
-    return {"largest error": max(_attention_error(rng, dry, *shape) for shape in (SHAPES[:1] if dry else SHAPES))}
+    for shape in SHAPES[:1] if dry else SHAPES:
+        note(f"largest error of {'/'.join(map(str, shape))}", _attention_error(rng, dry, *shape))
 
 
 def _attention_error(rng, dry: bool, H: int, G: int, K: int, B: int, dtype: str) -> float:
-    K, R = (2, 256) if dry else (K, 4096)
+    # A full machine, 30 tiles a CTA: half of the lanes' rows in half of the places, a few lanes with hardly any.
+    K, R = (2, 256) if dry else (K, 64 * -(-4 * 30 * count_ctas(1) // (B * K)))
     random = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     q, keys, values, window, own = (
         random(*shape) for shape in ((B, K, G, H), (2, K, R, H), (2, K, R, H), (2, K, 100, H), (B, 70, K, H))
     )
     own_rows = jnp.asarray(rng.integers(0, 71, B), jnp.int32)
     step = decode.Step(jnp.ones(1, jnp.int32), jnp.zeros(1), own_rows - 1, own_rows)
-    masks = rng.random((B * K, R)) < rng.random((B * K, 1))  # runs of a few rows, which share granules
+    density = rng.uniform(0.3, 1.0, (B * K, 1)) * np.where(np.arange(B * K)[:, None] % 5 == 4, 0.001, 1.0)
+    masks = rng.random((B * K, R)) < density  # runs of a few rows, which share granules
     masks &= np.repeat(rng.random((B * K, R // 64)) < 0.5, 64, axis=1)  # and gaps
-    masks[0] = False
+    masks[0] &= B * K < 3
     arguments = q, keys, values, window, own, jax.tree.map(jnp.asarray, reference_decode.keep(masks, rng)), step
 
     def attend(function, q, keys, values, window, own, kept, step):
@@ -111,7 +136,7 @@ def _attention_error(rng, dry: bool, H: int, G: int, K: int, B: int, dtype: str)
     return error
 
 
-def check_selection(dry: bool, seed: int) -> dict:
+def check_selection(dry: bool, seed: int, note):
     """What is kept of a three-level tree of 32K keys, head by head, against float64."""
     step = Step(2**15, 0.3, THREE, users=2)
     step = step.shrunk() if dry else step
@@ -132,93 +157,125 @@ def check_selection(dry: bool, seed: int) -> dict:
         differing += np.setxor1d(rows[0], want).size
     # A score within rounding of the threshold may fall on either side: a few clusters of 20 keys.
     require(differing <= 200, f"{differing} keys kept by one side only")
-    return {"keys kept by one side only": differing, "keys kept": int(first.num_kept.sum())}
+    note("keys kept by one side only", differing)
+    note("keys kept", int(first.num_kept.sum()))
 
 
-def check_step(dry: bool, seed: int) -> dict:
+def check_step(dry: bool, seed: int, note):
     """The check that lets `None` choose the kernels, for every head size, some groups and both dtypes."""
     sizes = [(64, 4, "bfloat16")] if dry else [(H, G, dtype) for H, G, _, _, dtype in SHAPES]
     for size in sizes:
         self_check.decode_step(*size)
-    return {"sizes": len(sizes)}
+        note(f"{'/'.join(map(str, size))} is right", True)
 
 
-def time_ceilings(dry: bool, seed: int) -> dict:
+def check_ties(dry: bool, seed: int, note):
+    """Whether logarithms here are those of the CPU that may have calibrated a tree, to the last bit."""
+    if not dry:
+        self_check.TIES = 1000
+    differing = self_check.differing_ties(128, 4, "bfloat16")
+    note("counts that tie otherwise", differing[:20])
+    require(not differing, f"{len(differing)} of {self_check.TIES} counts tie otherwise than on the CPU")
+
+
+def time_ceilings(dry: bool, seed: int, note):
     """What this device can do: bytes a second of a copy, read and written, and flops of a bf16 matrix product."""
     x = jnp.ones((2**20 if dry else 2**30,), jnp.bfloat16)
     copy = seconds_a_step(lambda x: x, x, steps=2 if dry else 20)
+    note("copy bytes a second", 2 * x.nbytes / copy)
     n = 256 if dry else 8192
     a = jax.random.normal(jax.random.key(seed), (n, n), jnp.bfloat16)
     product = seconds_a_step(lambda a, b: a @ b, a, a, steps=2 if dry else 20)
-    return {"copy bytes a second": 2 * x.nbytes / copy, "matmul flops a second": 2 * n**3 / product}
+    note("matmul flops a second", 2 * n**3 / product)
 
 
-def time_torch(dry: bool, seed: int) -> dict:
+def time_torch(dry: bool, seed: int, note):
     """PyTorch's SDPA, every back end, in a process of its own: {shape: {back end: seconds, or why not}}."""
     shapes = [(4, 2, 256)] if dry else SDPA
     command = [sys.executable, "-m", "benchmarks.gpu_torch", json.dumps(shapes)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     require(run.returncode == 0, run.stderr[-500:])
-    return json.loads(run.stdout.splitlines()[-1])
+    for name, found in json.loads(run.stdout.splitlines()[-1]).items():
+        note(name, found)
 
 
-def time_step(step: Step, dry: bool, seed: int) -> dict:
+def time_step(step: Step, dry: bool, seed: int, note):
     """One step, ours, against dense attention by our kernel and by cuDNN; what it reads at least."""
     step = step.shrunk() if dry else step
+    B, K, G, S, L = step.users, step.kv_heads, step.heads // step.kv_heads, step.num_keys, step.layers()
     measure = functools.partial(seconds_a_step, steps=1 if dry else 200, rounds=1 if dry else 5)
-    B, K, G, S = step.users, step.kv_heads, step.heads // step.kv_heads, step.num_keys
-    tree = _tree(step, seed)
+    tree = _tree(step, seed, layers=L)
     H = tree.keys.shape[3]
     q = queries(tree, B, G, seed)
     log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
-    own = jnp.zeros((B, ROOM, K, H), q.dtype)
+    note("kept fraction", kept)
+    note("shape", [step.heads, K, S])
+    own = jax.random.normal(jax.random.key(seed + 7), (B, ROOM, K, H), q.dtype)
 
-    def ours(q, tree, own, log_T):
+    def attend(q, tree, own, log_T, layer, implementation="mosaic"):
         found = squeezejax.attend(
-            tree, q.reshape(B, 1, K * G, H), own, own, layer=0, log_thresholds=log_T, implementation="mosaic"
+            tree, q.reshape(B, 1, K * G, H), own, own, layer=layer, log_thresholds=log_T, implementation=implementation
         )
         return found[0].reshape(q.shape)
 
-    def dense(q, tree, own):
-        return decode.attend_all(q, cache_of(tree, own, own), step_of(None, B, ROOM))[0]
+    def dense(q, tree, own, layer):
+        return decode.attend_all(q, cache_of(tree, own, own), step_of(None, B, ROOM, layer))[0]
 
-    found = {"kept fraction": kept, "ours": measure(ours, q, tree, own, log_T)}
-    found["our dense kernel"] = measure(dense, q, tree, own)
-    if B == 1:  # for more users it would need a copy of the context for each
-        found["cuDNN"] = _attempt(lambda: _time_library(tree, q, measure, "xla" if dry else "cudnn"))
+    plain = jax.jit(functools.partial(attend, implementation="xla"))
+    last = jnp.int32(L - 1)
+    compare(note, jax.jit(attend)(q, tree, own, log_T, last), plain(q, tree, own, log_T, last), SAME)
+    everything = jnp.full_like(log_T, -jnp.inf)
+    wanted = plain(q, tree, own, everything, last)
+    compare(note, jax.jit(dense)(q, tree, own, last), wanted, SAME, "plain XLA, all keys")
+    note("ours", measure(attend, q, tree, own, log_T, layers=L))
     read = _look_up_bytes(tree, q, log_T) + B * kept * 2 * K * S * H * tree.keys.dtype.itemsize
-    return found | {"bytes of kept keys, values and centroids": read, "shape": [step.heads, K, S]}
+    note("bytes of kept keys, values and centroids", read)
+    note("our dense kernel", measure(dense, q, tree, own, layers=L))
+    if B == 1:  # for more users it would need a copy of the context for each
+        note("cuDNN", _attempt(lambda: _time_library(tree, q, measure, "xla" if dry else "cudnn")))
 
 
-def look_up(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -> dict:
+def look_up(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int, note):
     """Finding the kept clusters alone: centroid bytes read and time, a tenth of the keys kept in the end."""
     step = Step(num_keys, 0.10, fractions)
     step = step.shrunk() if dry else step
-    tree = _tree(step, seed, cache=False)
+    L = step.layers()
+    tree = _tree(step, seed, cache=False, layers=L)
     q = queries(tree, 1, step.heads // step.kv_heads, seed)
     log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
+    note("kept fraction", kept)
+    R = -(-tree.num_keys // 8) * 8
+    select = jax.jit(lambda q, tree, log_T, layer: decode.select(q, tree.levels, step_of(log_T, 1, layer=layer), R))
+    found = jax.device_get(select(q, tree, log_T, jnp.int32(0)).num_kept)[0, 0]
+    head = [jax.tree.map(lambda x: np.asarray(x[0, 0]), level) for level in tree.levels]
+    selected = reference_decode.descend(np.asarray(q[0, 0], np.float64), head, np.asarray(log_T))[-1][1]
+    wanted = int(head[-1].counts[selected].sum())
+    compare(note, found / wanted, 1.0, 0.01, "float64, keys of a head")
 
-    def select(q, tree, log_T):
-        found = decode.select(q, tree.levels, step_of(log_T, 1), -(-tree.num_keys // 8) * 8)
-        return q * jnp.sum(found.num_kept).astype(q.dtype)
+    def step_through(q, tree, log_T, layer):
+        return q * jnp.sum(select(q, tree, log_T, layer).num_kept).astype(q.dtype)
 
-    seconds = seconds_a_step(select, q, tree, log_T, steps=1 if dry else 200, rounds=1 if dry else 5)
-    return {"kept fraction": kept, "seconds": seconds, "centroid bytes": _look_up_bytes(tree, q, log_T)}
+    note("centroid bytes", _look_up_bytes(tree, q, log_T))
+    measure = functools.partial(seconds_a_step, steps=1 if dry else 200, rounds=1 if dry else 5)
+    note("seconds", measure(step_through, q, tree, log_T, layers=L))
 
 
-def _tree(step: Step, seed: int, cache: bool = True):
-    return device_tree(step.num_keys, step.fractions, kv_heads=step.kv_heads, seed=seed, cache=cache)
+def _tree(step: Step, seed: int, cache: bool = True, layers: int = 1):
+    shape = {"kv_heads": step.kv_heads, "layers": layers}
+    return device_tree(step.num_keys, step.fractions, **shape, seed=seed, cache=cache)
 
 
 def _kept_fraction(tree, q):
-    """A function of log T f32[levels]."""
+    """A function of log T f32[levels]: the mean over the layers."""
     R = -(-tree.num_keys // 8) * 8
 
     @jax.jit
-    def kept(levels, q, log_T):
-        return jnp.mean(decode.select(q, levels, step_of(log_T, len(q)), R).num_kept / tree.num_keys)
+    def kept(levels, q, log_T, layer):
+        found = decode.select(q, levels, step_of(log_T, len(q), layer=layer), R)
+        return jnp.mean(found.num_kept / tree.num_keys)
 
-    return lambda log_T: kept(tree.levels, q, log_T)
+    layers = range(tree.levels[0].counts.shape[0])
+    return lambda log_T: np.mean([kept(tree.levels, q, log_T, jnp.int32(layer)) for layer in layers])
 
 
 def _look_up_bytes(tree, q, log_T) -> int:
@@ -231,13 +288,17 @@ def _look_up_bytes(tree, q, log_T) -> int:
 def _time_library(tree, q, measure, implementation: str) -> float:
     """jax.nn.dot_product_attention over unpadded keys and values, by token, as it wants them."""
     B, K, G, H = q.shape
-    keys, values = (cache[:, :, : tree.num_keys].swapaxes(1, 2) for cache in (tree.keys, tree.values))
+    L = tree.keys.shape[0]
+    of_layer = lambda cache, layer: cache[layer : layer + 1, :, : tree.num_keys].swapaxes(1, 2)
+    caches = [[of_layer(cache, layer) for cache in (tree.keys, tree.values)] for layer in range(L)]
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
 
-    def step(q, keys, values):
-        return attend(q.reshape(B, 1, K * G, H), keys, values).reshape(q.shape)
+    def all_layers(q, caches):  # written out: to take one of several arrays would copy it
+        for keys, values in caches:
+            q = q + (attend(q.reshape(B, 1, K * G, H), keys, values).reshape(q.shape) * 1e-30).astype(q.dtype)
+        return q
 
-    return measure(step, q, keys, values)
+    return measure(all_layers, q, caches, steps=-(-measure.keywords["steps"] // L)) / L
 
 
 def _attempt(call):

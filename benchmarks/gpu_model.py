@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import device_tree, find_thresholds
+from benchmarks.gpu_trees import compare, device_tree, find_thresholds
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
 from squeezejax.online.generate import _prefill, empty_state
@@ -20,6 +20,7 @@ SHAPE_8B = LlamaConfig(
     vocab_size=128_256, model_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
 )
 TINY = LlamaConfig(vocab_size=64, model_dim=64, mlp_dim=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64)
+SAME = 0.2  # largest difference of logits from plain XLA's, of their spread: 32 layers of 16-bit numbers
 CONTEXTS = {"32K": (2**15, (0.05,)), "128K": (2**17, (0.05,)), "384K": (3 * 2**17, (0.01, 0.05))}
 
 
@@ -29,7 +30,12 @@ def suites() -> dict:
     return decode | {"first token 8B, 1K over 128K": functools.partial(time_first_token, *CONTEXTS["128K"], 1024)}
 
 
-def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int) -> dict:
+def checks() -> dict:
+    """Nothing of its own: what a model runs is checked by itself."""
+    return {}
+
+
+def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int, note):
     """Seconds a token of `generate`, a tenth of the keys kept, and of `dense_generate`; bytes that a token reads."""
     params, tree = _model(num_keys, fractions, dry, seed)
     fractions = tree.config.cluster_fractions
@@ -47,17 +53,33 @@ def time_model(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int
 
     kept_fraction = lambda log_T: run(squeezejax.generate, at(log_T), few).kept_fraction[0]
     log_T, kept = find_thresholds(kept_fraction, len(fractions), 0.5 if dry else 0.10, coarse=dry)
-    found = {"kept fraction": kept}
+    note("kept fraction", kept)
+    logits = _logits(params, tree, jnp.ones((1, 1), jnp.int32), log_T)
+    compare(note, logits("mosaic"), logits("xla"), SAME)
     for name, generate in (("ours", squeezejax.generate), ("dense", squeezejax.dense_generate)):
         timed = lambda n, generate=generate: _seconds(lambda: run(generate, at(log_T), n), 1 if dry else 3)
-        found[f"{name}, seconds a token"] = (timed(many) - timed(few)) / (many - few)
+        note(f"{name}, seconds a token", (timed(many) - timed(few)) / (many - few))
     weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params.embedding[...].nbytes  # one row of which is read
     centroids = sum(level.centroids.nbytes for level in tree.levels)  # an upper bound below the coarsest level
     cache = tree.keys.nbytes + tree.values.nbytes
-    return found | {"weight bytes": weights, "kept bytes": kept * cache, "centroid bytes": centroids}
+    note("weight bytes", weights)
+    note("kept bytes", kept * cache)
+    note("centroid bytes", centroids)
 
 
-def time_first_token(num_keys: int, fractions: tuple[float, ...], num_tokens: int, dry: bool, seed: int) -> dict:
+def _logits(params, tree, tokens, log_T):
+    """A function of the implementation: logits after the tokens, in units of their spread."""
+    lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+
+    def run(name):
+        state = empty_state(params, tree, *tokens.shape)
+        found = np.asarray(_prefill(params, tree, state, tokens, lengths, log_T, name).logits, np.float32)
+        return found / found.std()
+
+    return run
+
+
+def time_first_token(num_keys: int, fractions: tuple[float, ...], num_tokens: int, dry: bool, seed: int, note):
     """Seconds from a user's tokens to the next one's logits, a tenth of the keys kept, and with dense attention."""
     params, tree = _model(num_keys, fractions, dry, seed)
     T = 40 if dry else num_tokens
@@ -67,16 +89,22 @@ def time_first_token(num_keys: int, fractions: tuple[float, ...], num_tokens: in
     log_T, kept = find_thresholds(
         lambda log_T: prefill(log_T).kept_fraction[0], len(tree.levels), 0.5 if dry else 0.10, coarse=dry
     )
+    note("kept fraction", kept)
+    logits = _logits(params, tree, tokens[:, :128], log_T)  # as many as plain XLA does in good time
+    compare(note, logits("mosaic"), logits("xla"), SAME)
     timed = lambda call: _seconds(call, 1 if dry else 5)
-    found = {"kept fraction": kept, "first token, ours": timed(lambda: prefill(log_T).logits)}
+    ours = timed(lambda: prefill(log_T).logits)
+    note("first token, ours", ours)
     dense = {"first token, our dense kernel": timed(lambda: prefill(None).logits)}
+    note("first token, our dense kernel", dense["first token, our dense kernel"])
     cache = [x[:, :, : tree.num_keys].swapaxes(1, 2) for x in (tree.keys, tree.values)]  # [L S K H], as cuDNN reads it
     library = jax.jit(functools.partial(_dense_logits, implementation="xla" if dry else "cudnn"))
     try:
         dense["first token, cuDNN"] = timed(lambda: library(params, cache, tokens))
+        note("first token, cuDNN", dense["first token, cuDNN"])
     except Exception as error:  # a missing contender must not hide the others, nor go unsaid
-        found["first token, cuDNN"] = f"{type(error).__name__}: {error}"[:200]
-    return found | dense | {"times over best dense": min(dense.values()) / found["first token, ours"]}
+        note("first token, cuDNN", f"{type(error).__name__}: {error}"[:200])
+    note("times over best dense", min(dense.values()) / ours)
 
 
 def _dense_logits(params, cache, tokens, implementation: str):

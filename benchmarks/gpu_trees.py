@@ -121,15 +121,18 @@ def find_thresholds(kept_fraction, num_levels: int, target: float, *, coarse: bo
     return jnp.asarray(log_T), kept
 
 
-def seconds_a_step(step, q, *arguments, steps: int, rounds: int = 5) -> float:
+def seconds_a_step(step, q, *arguments, steps: int, rounds: int = 5, layers: int | None = None) -> float:
     """Median time of step(q, …) -> something of q's shape, repeated `steps` times in one program, each after the last.
 
-    The trip count is static: a loop whose end is computed would make the host look at every turn.
+    With `layers`, step takes one as its last argument, and they come in turn: what is read is then not in the cache of
+    the device, as in a model. The trip count is static: a loop whose end is computed would make the host look at every
+    turn.
     """
 
     @jax.jit
     def repeat(q, *arguments):
-        again = lambda _, q: q + (step(q, *arguments) * 1e-30).astype(q.dtype)
+        turn = lambda i: () if layers is None else (jax.lax.rem(i, jnp.int32(layers)),)
+        again = lambda i, q: q + (step(q, *arguments, *turn(i)) * 1e-30).astype(q.dtype)
         return jax.lax.fori_loop(0, steps, again, q)
 
     repeat(q, *arguments).block_until_ready()
@@ -148,10 +151,18 @@ def cache_of(tree: Tree, own_keys, own_values) -> decode.Cache:
     )
 
 
-def step_of(log_T, users: int, own_rows: int = 1) -> decode.Step:
-    """A step of the first layer in which every user's token is the last one of so many."""
+def step_of(log_T, users: int, own_rows: int = 1, layer=0) -> decode.Step:
+    """A step of a layer in which every user's token is the last one of so many."""
     end = jnp.full(users, own_rows, jnp.int32)
-    return decode.Step(jnp.zeros(1, jnp.int32), log_T, end - 1, end)
+    return decode.Step(jnp.full(1, layer, jnp.int32), log_T, end - 1, end)
+
+
+def compare(note, found, wanted, tolerance: float, what: str = "plain XLA"):
+    """Notes the largest difference of two arrays, and raises AssertionError if it is above the tolerance."""
+    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+    difference = float(np.abs(found - wanted).max())
+    note(f"largest difference from {what}", difference)
+    require(difference < tolerance, f"it differs from {what} by {difference}")
 
 
 def require(condition, message: str):

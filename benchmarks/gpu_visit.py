@@ -1,20 +1,26 @@
 """Everything to learn from a visit to a Hopper GPU: `python -m benchmarks.gpu_visit [--dry-run] [--minutes 8]`.
 
-Correctness first (every kernel, fresh random inputs, twice, against float64), then times, in order of value. Results
-go to benchmarks/results/gpu_visit.json after every suite; a second run continues with what is missing. It stops by
-itself when its time is over, says of every suite whether it passed, failed or was not reached, and exits with 1 unless
-all passed. A suite is a function of (dry, seed) -> numbers by name; every module of MODULES has some.
+All checks first (every kernel, fresh random inputs, twice, against float64, deep enough that every ring wraps), then
+times, in order of value. Every suite is a process of its own with a time limit, so that a hang or an illegal address
+costs no other; every number is written to benchmarks/results/gpu_visit.json as soon as it is there. A second run goes
+on with what has not passed, as long as the sources are the same. It stops by itself when its time is over, says of
+every suite whether it passed, failed, took too long or was not reached, and exits with 1 unless all passed.
+
+A suite is a function of (dry, seed, note), which calls note(name, number); every module of MODULES has `checks` and
+`suites`. One that is timed first compares what it times with plain XLA.
 
 `--dry-run` goes the same way on a CPU, with tiny shapes and the interpreter; its times mean nothing and are marked so.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from datetime import UTC, datetime
@@ -22,90 +28,157 @@ from datetime import UTC, datetime
 # Trees are large and PyTorch runs beside: memory is taken as it is needed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax
-
-from benchmarks import gpu_decode, gpu_model, gpu_offline, gpu_prefill
-from squeezejax.pallas_kernels import registry
-from squeezejax.pallas_kernels.hopper import mosaic
-
-SLOWEST_START = 25.0  # seconds that the first suite is expected to take; later ones, as long as the slowest so far
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = ("benchmarks", "models", "pallas_kernels", "squeezejax")
+LIMIT = 120.0  # seconds that a suite may take; see `LIMITS`
+LIMITS = {"check step": 240.0, "check prefill": 240.0, "time SDPA of PyTorch": 180.0}
+LEAST = 20.0  # seconds with which a suite is still begun
+FOUND = "FOUND "  # how a suite's process begins the line of a number
 
 
 def suites() -> dict:
-    """name -> what to run, in order of value: what is right, the figures wanted, then the rest."""
-    here = gpu_decode, gpu_model, gpu_prefill, gpu_offline
-    return gpu_decode.checks() | {name: run for module in here for name, run in module.suites().items()}
+    """name -> what to run: everything that has to be right, then times in order of value."""
+    from benchmarks import gpu_decode, gpu_model, gpu_offline, gpu_prefill  # which start JAX
+
+    modules = gpu_decode, gpu_model, gpu_prefill, gpu_offline
+    checks = {name: run for module in modules for name, run in module.checks().items()}
+    return checks | {name: run for module in modules for name, run in module.suites().items()}
 
 
 def main():
-    """Runs what is missing within the time, and writes results and table after every suite."""
+    """Runs what is missing within the time, one process a suite, and writes results and table after every number."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--suites", nargs="*", help="only these")
+    parser.add_argument("--limit", type=float, help="seconds that any suite may take")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one suite, in this process
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 2**16)
     options = parser.parse_args()
-    chosen = suites()
-    if unknown := set(options.suites or ()) - set(chosen):
-        parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are: {', '.join(chosen)}")
-    chosen = {name: chosen[name] for name in options.suites or chosen}
+    if options.run is not None:
+        return run(options.run, options.dry_run, options.seed)
     deadline = time.monotonic() + 60 * options.minutes
+    here = ask(options, "describe")
+    names = here.pop("suites")
+    if unknown := set(options.suites or ()) - set(names):
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
+    chosen = [name for name in names if not options.suites or name in options.suites]
     path = options.out / ("gpu_visit_dry_run.json" if options.dry_run else "gpu_visit.json")
     options.out.mkdir(parents=True, exist_ok=True)
-    results = resume(path, describe(options.dry_run))
-    seed, slowest = int(time.time()) % 2**16, SLOWEST_START
-    for name, suite in chosen.items():
-        if results["suites"].get(name, {}).get("status") == "passed":
-            continue
-        start = time.monotonic()
-        if start + slowest > deadline:
-            results["suites"][name] = {"status": "not reached"}
-        else:
-            results["suites"][name] = run(suite, options.dry_run, seed)
-            slowest = max(slowest, time.monotonic() - start)
-        print(name, results["suites"][name], flush=True)
+    results = resume(path, here)
+
+    def write():
         path.write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(table(results))
+
+    for name in chosen:
+        if results["suites"].get(name, {}).get("status") == "passed":
+            continue
+        found = results["suites"][name] = {"status": "not reached"}
+        left = deadline - time.monotonic()
+        if left > LEAST:
+            follow(options, name, min(options.limit or LIMITS.get(name, LIMIT), left), found, write)
+        print(name, found, flush=True)
+        write()
     return any(results["suites"][name]["status"] != "passed" for name in chosen)
 
 
-def resume(path: pathlib.Path, here: dict) -> dict:
-    """The results of an earlier run on the same device, versions and commit, to go on with; else none."""
-    before = json.loads(path.read_text()) if path.exists() else {}
-    same = all(before.get(key) == here[key] for key in ("device", "jax", "commit"))
-    return {**here, "suites": before.get("suites", {}) if same else {}}
+def ask(options, name: str, limit: float = 120.0) -> dict:
+    """The numbers of a process of its own; what it cannot say is an error."""
+    found = {}
+    follow(options, name, limit, found, lambda: None)
+    if found.pop("status") != "passed":
+        raise SystemExit(f"the visit cannot even begin: {found}")
+    return {key: value for key, value in found.items() if key not in ("seed", "took, s")}
 
 
-def run(suite, dry: bool, seed: int) -> dict:
-    """Its numbers, or its error: one that fails must not stop the others."""
+def follow(options, name: str, limit: float, found: dict, write):
+    """Runs a suite in a process of its own, for at most `limit` seconds; every number goes to `found` at once."""
+    command = [sys.executable, "-m", "benchmarks.gpu_visit", "--run", name, "--seed", str(options.seed)]
+    command += ["--dry-run"] if options.dry_run else []
     start = time.monotonic()
+    found |= {"status": "begun", "seed": options.seed}
+    write()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    ended = threading.Event()
+
+    def end():
+        ended.set()
+        process.kill()
+
+    timer = threading.Timer(limit, end)
+    timer.start()
+    for line in process.stdout:
+        if line.startswith(FOUND):
+            found |= json.loads(line[len(FOUND) :])
+            write()
+        elif line.strip():
+            print(line, end="", flush=True)
+            if "RACE DETECTED" in line:
+                found["error"] = "a race"
+    code = process.wait()
+    timer.cancel()
+    if ended.is_set():
+        found["status"] = f"ended after {limit:.0f} s"
+    else:
+        found["status"] = "passed" if code == 0 and "error" not in found else "failed"
+        if code < 0:
+            found["error"] = f"ended by signal {-code}"
+    found["took, s"] = round(time.monotonic() - start, 1)
+
+
+def run(name: str, dry: bool, seed: int) -> int:
+    """One suite, in this process: prints its numbers one by one, or its error."""
+    note = lambda key, value: print(FOUND + json.dumps({key: value}), flush=True)
     try:
+        if name == "describe":
+            for key, value in describe(dry).items():
+                note(key, value)
+            return 0
         with interpreted() if dry else contextlib.nullcontext():
-            found = {"status": "passed", **suite(dry, seed)}
+            suites()[name](dry, seed, note)
     except Exception as error:
         traceback.print_exc()
-        found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
-    jax.clear_caches()  # which hold programs, and these constants, of suites that are over
-    return found | {"seed": seed, "took, s": round(time.monotonic() - start, 1)}
+        note("error", f"{type(error).__name__}: {error}"[:500])
+        return 1
+    return 0
+
+
+def resume(path: pathlib.Path, here: dict) -> dict:
+    """The results of an earlier run on the same device, versions and sources, to go on with; else none."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = all(before.get(key) == here[key] for key in ("device", "jax", "sources"))
+    return {**here, "suites": before.get("suites", {}) if same else {}}
 
 
 @contextlib.contextmanager
 def interpreted():
     """Kernels on the CPU."""
+    from squeezejax.pallas_kernels import registry
+    from squeezejax.pallas_kernels.hopper import mosaic, self_check
+
+    self_check.TILES, self_check.TIES = 2, 3
     with mosaic.interpret(), registry.force_mosaic():
         yield
 
 
 def describe(dry: bool) -> dict:
-    """Date, device, versions, commit."""
+    """Date, device, versions, commit, a hash of all sources, and what there is to run."""
+    import jax
+
     git = lambda *command: subprocess.run(["git", *command], capture_output=True, text=True, check=False).stdout.strip()
-    commit = git("rev-parse", "HEAD") or "unknown"
+    sources = hashlib.sha256()
+    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+        sources.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": sys.version.split()[0],
-        "commit": commit + (" and changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "sources": sources.hexdigest()[:16],
+        "suites": list(suites()),
     } | ({"dry run": "on a CPU: times mean nothing"} if dry else {})
 
 
@@ -130,12 +203,13 @@ def compared(found: dict, torch: dict, bandwidth: float | None) -> dict:
     ratios = {}
     if "ours" in found:
         one_user = "cuDNN" in found
-        sdpa = torch.get("/".join(map(str, found["shape"])), {}) if one_user else {}
-        dense = [found["our dense kernel"], found.get("cuDNN"), *sdpa.values()]
-        ratios["times over best dense"] = min(x for x in dense if isinstance(x, float)) / found["ours"]
-        if bandwidth:
+        sdpa = torch.get("/".join(map(str, found.get("shape", ()))), {}) if one_user else {}
+        dense = [x for x in (found.get("our dense kernel"), found.get("cuDNN"), *sdpa.values()) if isinstance(x, float)]
+        if dense:
+            ratios["times over best dense"] = min(dense) / found["ours"]
+        if bandwidth and "bytes of kept keys, values and centroids" in found:
             ratios["of the byte limit"] = found["bytes of kept keys, values and centroids"] / bandwidth / found["ours"]
-    if "ours, seconds a token" in found:
+    if "dense, seconds a token" in found and "ours, seconds a token" in found:
         ratios["tokens a second"] = 1 / found["ours, seconds a token"]
         ratios["times over dense"] = found["dense, seconds a token"] / found["ours, seconds a token"]
         if bandwidth:

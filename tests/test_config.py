@@ -52,6 +52,8 @@ def test_frozen_and_hashable():
         ("kmeans_iterations", 1.5),
         ("kmeans_swap_rounds", -1),
         ("kmeans_swap_rounds", None),
+        ("observation_window", 10**4000),
+        ("kmeans_iterations", 2**31),
         ("cluster_granule", 0),
         ("cluster_granule", 8.5),
         ("cluster_cap", 0.9),

@@ -314,6 +314,18 @@ def test_what_a_text_says_is_not_markup():
     assert "<b>no</b>" in page.texts["answer"]
 
 
+def test_control_characters_are_shown_on_pages():
+    evil = "\x1b\x00\u202e"
+    about = dataclasses.replace(
+        make_about([Piece(evil)] * 10), question=evil, answer=[Piece(evil)] * 4, dense_answer=evil, tree=evil
+    )
+    text = explain_page.render(make_explanation(2, 4, 1, 1, 8, 2), about)
+    page = Page(text)
+    assert not set(evil) & set(text)
+    assert [word for _, word in page.tokens] == [r"\x1b\x00\u202e"] * 10
+    assert page.texts["question"] == r"\x1b\x00\u202e"
+
+
 @pytest.mark.parametrize(("sparsity", "reason"), [(0.8, "a sparsity of 0.8 was asked for"), (0.0, "with sparsity 0.")])
 def test_dense_answers_are_called_so(sparsity, reason):
     found = dataclasses.replace(make_explanation(3, 4, 1, 1, 8, 2), dense=True)

@@ -10,9 +10,15 @@ import oracle
 
 from benchmarks.quality import measure, methods, tasks
 from benchmarks.quality.methods import METHODS, Cache, Fixed, Units
-from squeezejax import add_value_centroids, attend, models
+from squeezejax import Estimate, SqueezeConfig, add_value_centroids, attend, models
 from squeezejax.models import embedded
 from squeezejax.models.embedded import batches
+from squeezejax.pallas_kernels.interface import Reading
+
+PAPER = {
+    name: getattr(SqueezeConfig.paper(), name)
+    for name in ("sinks", "score", "cluster_metric", "index_bits", "key_bits")
+}
 
 
 def context(keys, *, queries=None, window_keys=None):
@@ -102,9 +108,11 @@ def test_snapkv_keeps_what_the_window_saw_and_its_neighbours():
 
 @functools.cache
 def case_and_context():
-    case = oracle.make_case(seed=5, clusters=(4, 12), query_block=None)
+    case = oracle.make_case(seed=5, clusters=(4, 12), query_block=None, **PAPER)
     tree = add_value_centroids(oracle.spread_rows(case.tree))
-    flat = dataclasses.replace(tree, levels=tree.levels[-1:])
+    flat = dataclasses.replace(tree.config, cluster_fractions=tree.config.cluster_fractions[-1:])
+    top = dataclasses.replace(tree.levels[-1], parents=jnp.zeros_like(tree.levels[-1].parents))
+    flat = dataclasses.replace(tree, levels=(top,), config=flat)
     S = case.clustered.shape[2]
     keys, values = (jnp.asarray(x) for x in (case.keys, case.values))
     fixed = Fixed(Cache(keys[:, :, :S], values[:, :, :S], keys[:, :, S:], values[:, :, S:]), None)
@@ -138,12 +146,13 @@ def test_vectors_read_are_counted_level_by_level():
         method.choose(jax.tree.map(lambda leaf: leaf[1, 0], method.build(fixed)), q, jnp.ones(2, bool), knob).index_read
     )
     live = int(np.sum(coarse.counts > 0)), int(np.sum(fine.counts > 0))
-    everything, nothing = jnp.full(2, -jnp.inf), jnp.full(2, jnp.inf)
+    at = lambda log_t, levels=2, tail=False: Reading(jnp.full(levels, log_t), tail=tail)
+    everything, nothing = at(-jnp.inf), at(jnp.inf)
     assert counted(METHODS["squeezed"], everything) == sum(live)
     assert counted(METHODS["squeezed"], nothing) == live[0]  # no child of a cluster given up is looked at
-    assert counted(METHODS["squeezed_tail"], everything) == sum(live)
-    assert counted(METHODS["squeezed_tail"], nothing) == 2 * live[0]  # and their mean values
-    assert counted(METHODS["squeezed_flat_tail"], nothing[:1]) == 2 * live[1]
+    assert counted(METHODS["squeezed_tail"], at(-jnp.inf, tail=True)) == sum(live)
+    assert counted(METHODS["squeezed_tail"], at(jnp.inf, tail=True)) == 2 * live[0]  # and their mean values
+    assert counted(METHODS["squeezed_flat_tail"], at(jnp.inf, 1, True)) == 2 * live[1]
 
 
 def test_ours_is_the_librarys_attention():
@@ -153,15 +162,17 @@ def test_ours_is_the_librarys_attention():
     q, k, v = (x[0] for x in oracle.user_tokens(case, B=1, T=4, room=4))
     log_T = jnp.array([-4.2, -3.9])
     step = jax.jit(functools.partial(measure._attend, way=measure.Way.of(method), num_question=2))
-    here = jax.tree.map(lambda x: x[1], (fixed.cache, method.build(fixed), methods.everywhere(fixed, log_T)))
+    here = jax.tree.map(
+        lambda x: x[1], (fixed.cache, method.build(fixed), Reading(methods.everywhere(fixed, log_T), tail=True))
+    )
     arrays = [jnp.asarray(x) for x in (q, k, v)]
     out, lost = step(*here, *arrays, jnp.ones(4, bool))
-    call = jax.jit(functools.partial(attend, layer=1), static_argnames=("tail", "implementation"))
+    call = jax.jit(functools.partial(attend, layer=1), static_argnames="implementation")
     call = functools.partial(call, fixed.tree, implementation="xla")
     for first, count in ((0, 2), (2, 1), (3, 1)):
         users = {"start": np.array([first]), "lengths": np.array([first + count])}
         tokens = q[None, first : first + count], k[None], v[None]
-        wanted, _ = call(*tokens, **users, tail=True, log_thresholds=log_T)
+        wanted, _ = call(*tokens, **users, estimate=Estimate(tail=True), log_thresholds=log_T)
         np.testing.assert_allclose(out[first : first + count], wanted[0], atol=2e-5)
         if first < 2:
             continue

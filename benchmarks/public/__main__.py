@@ -1,20 +1,23 @@
-"""LongBench, RULER and PreFixQA-style sets on a checkpoint: every question answered densely and at every sparsity.
+"""LongBench, RULER, L-Eval, PreFixQA-style sets on a checkpoint: questions answered densely and at every sparsity.
 
     python -m benchmarks.public --model DIR --out DIR --sparsities 0.7 0.9
         --longbench FILE.jsonl … --longbench-config LongBench/LongBench/config
         --ruler 4096/niah_single_1/validation.jsonl …
+        --leval LEval-data/Closed-ended-tasks/tpo.jsonl …
         --prefixqa FILE.jsonl …
 
-Nothing is downloaded: all is given by path (longbench.py, ruler.py and prefixqa.py say in which form). Each distinct
-context is squeezed once, and all its questions are asked over that one tree. DIR keeps records.jsonl, a line an answer;
-the same command goes on after an interruption, and in the end prints a table and writes it to summary.csv.
+Nothing is downloaded: all is given by path (longbench.py, ruler.py, leval.py and prefixqa.py say in which form). Each
+distinct context is squeezed once, and all its questions are asked over that one tree. DIR keeps records.jsonl, a line
+an answer; the same command goes on after an interruption, and in the end prints a table and writes it to summary.csv.
 """
 
 import argparse
+import ast
+import dataclasses
 import json
 from pathlib import Path
 
-from benchmarks.public import longbench, metrics, prefixqa, ruler, summary
+from benchmarks.public import leval, longbench, metrics, prefixqa, ruler, summary
 from benchmarks.public.prompts import measure_room
 from benchmarks.public.run import Setup, group, run
 from benchmarks.public.samples import Item
@@ -35,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--longbench", type=Path, nargs="+", default=[], metavar="FILE", help="LongBench's JSONL")
     parser.add_argument("--longbench-config", type=Path, metavar="DIR", help="LongBench/config of a clone of LongBench")
     parser.add_argument("--ruler", type=Path, nargs="+", default=[], metavar="FILE", help="RULER's JSONL")
+    parser.add_argument("--leval", type=Path, nargs="+", default=[], metavar="FILE", help="L-Eval's JSONL")
     parser.add_argument("--prefixqa", type=Path, nargs="+", default=[], metavar="FILE", help="JSONL, our own schema")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.7, 0.9], help="default: 0.7 0.9")
     parser.add_argument(
@@ -43,6 +47,19 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=SqueezeConfig().cluster_fractions,
         help="clusters per key, coarse to fine (default: 0.01 0.05)",
+    )
+    parser.add_argument(
+        "--config",
+        default="",
+        metavar="FIELD=VALUE,…",
+        help="other fields of SqueezeConfig, such as 'coarse_margin=8,observation_window=64'",
+    )
+    parser.add_argument("--tail", action="store_true", help="estimate keys that are not kept by their clusters")
+    parser.add_argument(
+        "--likelihood-tokens",
+        type=int,
+        default=32,
+        help="measure how likely the right answer's first so many tokens are, one by one; 0 = do not (default: 32)",
     )
     parser.add_argument("--max-length", type=int, help="tokens of a prompt (default: what the model can handle)")
     parser.add_argument(
@@ -68,11 +85,11 @@ def read_all(arguments) -> list[Item]:
     config = longbench.read_config(arguments.longbench_config) if arguments.longbench else None
     for path in arguments.longbench:
         items += longbench.read(path, config)[: arguments.limit]
-    for reader, paths in ((ruler, arguments.ruler), (prefixqa, arguments.prefixqa)):
+    for reader, paths in ((ruler, arguments.ruler), (leval, arguments.leval), (prefixqa, arguments.prefixqa)):
         for path in paths:
             items += reader.read(path)[: arguments.limit]
     if not items:
-        raise ValueError("nothing to ask: give files with --longbench, --ruler or --prefixqa")
+        raise ValueError("nothing to ask: give files with --longbench, --ruler, --leval or --prefixqa")
     known = set()
     for item in items:
         if item.key in known:
@@ -80,6 +97,18 @@ def read_all(arguments) -> list[Item]:
         known.add(item.key)
     metrics.check_installed(items)
     return items
+
+
+def parse_config(text: str, base: SqueezeConfig) -> SqueezeConfig:
+    """'field=value,…' as changes of a configuration. Raises ValueError for what makes no sense."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        changes = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if call.args or None in changes:
+            raise ValueError("give field=value, with commas between")
+        return dataclasses.replace(base, **changes)
+    except (SyntaxError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--config {text}: {error}") from error
 
 
 def check_settings(path: Path, settings: dict):
@@ -97,9 +126,11 @@ def main(argv=None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     records, settings_file = arguments.out / "records.jsonl", arguments.out / "settings.json"
-    settings = {name: getattr(arguments, name) for name in ("max_length", "multiple")}
+    settings = {name: getattr(arguments, name) for name in ("max_length", "multiple", "tail", "likelihood_tokens")}
     try:
-        config = SqueezeConfig(cluster_fractions=arguments.cluster_fractions)
+        if arguments.likelihood_tokens < 0:
+            raise ValueError(f"--likelihood-tokens must be at least 0, got {arguments.likelihood_tokens}")
+        config = parse_config(arguments.config, SqueezeConfig(cluster_fractions=arguments.cluster_fractions))
         settings["tree"] = str(config)
         items = read_all(arguments)
         check_settings(settings_file, settings)
@@ -126,6 +157,8 @@ def main(argv=None) -> None:
         batch=arguments.batch,
         trees=arguments.trees,
         implementation=arguments.implementation,
+        tail=arguments.tail,
+        likelihood_tokens=arguments.likelihood_tokens,
     )
     run(setup, items, records, lambda line: print(line, flush=True))
     rows = summary.summarize(report.load(records), items, setup.sparsities)

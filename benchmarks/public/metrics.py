@@ -79,6 +79,12 @@ def classification(reply: str, answer: str, classes: tuple[str, ...]) -> float:
     return 1 / len(named) if answer in named else 0.0
 
 
+def choice(reply: str, answer: str) -> float:
+    """Whether the letters of choices that a reply begins with, "B", "(B)", "A, C" or "AC", are the answer's."""
+    found = re.match(r"\W*((?:\(?[A-H]{1,4}\)?(?![a-zA-Z'’])(?:\s*(?:,|and|&)\s*)?)+)", reply)
+    return float(bool(found) and set(re.findall("[A-H]", found[1])) == set(answer))
+
+
 # ---- All right answers of a question
 
 _BEST = {  # the answer that fits best counts
@@ -90,6 +96,7 @@ _BEST = {  # the answer that fits best counts
     "retrieval": retrieval,
     "code_similarity": code_similarity,
     "contains_any": contains,
+    "choice": choice,
 }
 METRICS = (*_BEST, "contains_all", "classification")
 _NEEDS = {

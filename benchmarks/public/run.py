@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import squeezejax
-from benchmarks.public import metrics
+from benchmarks.public import likelihood, metrics
 from benchmarks.public.prompts import Prompts, tokenize
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
@@ -37,6 +37,8 @@ class Setup:
     trees: Path | None = None  # where trees are kept
     # By name: left to itself, squeezejax would answer densely where selecting cannot pay.
     implementation: str = "xla"
+    tail: bool = False  # keys not kept are estimated
+    likelihood_tokens: int = 32  # first tokens of the right answer whose likelihood is measured; 0 = not at all
 
 
 def run(setup: Setup, items: list[Item], records: Path, say: Callable[[str], None]):
@@ -94,11 +96,13 @@ def answer(setup: Setup, members: list[Item], wanted: dict[float | None, list[in
     for sparsity, indices in wanted.items():
         for part in batches(members, indices, setup.batch):
             replies = ask(setup, tree, members, prompts, part, sparsity)
-            for at, (reply, kept, kept_reading) in zip(part, replies, strict=True):
+            likely = gold_likelihoods(setup, tree, members, prompts, part, sparsity)
+            for at, (reply, kept, kept_reading), log_likelihood in zip(part, replies, likely, strict=True):
                 item = members[at]
                 record = {name: getattr(item, name) for name in ("key", "suite", "dataset", "subset")}
                 record |= {"sparsity": sparsity, "score": metrics.score(item, reply), "reply": reply}
                 record |= {"kept": kept, "kept_reading": kept_reading}
+                record |= {} if log_likelihood is None else {"log_likelihood": round(log_likelihood, 4)}
                 record |= {"context": context, "tokens": len(prompts.fixed), "dropped": prompts.dropped}
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -111,14 +115,19 @@ def context_tree(setup: Setup, fixed: np.ndarray):
     if len(fixed) <= config.observation_window:  # very short samples: half of them is the window
         config = dataclasses.replace(config, observation_window=len(fixed) // 2)
     if setup.trees is None:
-        return squeezejax.squeeze(setup.params, fixed, config)
+        return finish(setup, squeezejax.squeeze(setup.params, fixed, config))
     build = f"{setup.params.config.fingerprint} {config}".encode() + fixed.tobytes()
     path = setup.trees / f"{hashlib.sha256(build).hexdigest()[:32]}.tree"
     if path.exists():
-        return squeezejax.load(path, setup.params)
+        return finish(setup, squeezejax.load(path, setup.params))
     tree = squeezejax.squeeze(setup.params, fixed, config)
     squeezejax.save(path, tree)
-    return tree
+    return finish(setup, tree)
+
+
+def finish(setup: Setup, tree):
+    """The tree with what the tail needs, where it is asked for."""
+    return squeezejax.add_value_centroids(tree) if setup.tail else tree
 
 
 def batches(members: list[Item], indices: list[int], size: int) -> Iterator[list[int]]:
@@ -131,21 +140,18 @@ def batches(members: list[Item], indices: list[int], size: int) -> Iterator[list
 
 def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[int], sparsity) -> list[tuple]:
     """(reply, kept fraction while replying, while reading the question) for each question of a batch."""
-    first, questions = members[part[0]], [prompts.questions[at] for at in part]
-    multiple = max(PADDING, setup.multiple)  # few shapes are compiled
-    tokens = np.zeros((len(part), -(-max(map(len, questions)) // multiple) * multiple), np.int32)
-    for row, ids in zip(tokens, questions, strict=True):
-        row[: len(ids)] = ids
+    first = members[part[0]]
+    tokens, lengths = pad(setup, prompts, part)
     stop = chat.stop_tokens(setup.tokenizer, setup.params.config)
     if first.stop_at_newline:
         stop += (chat.encode(setup.tokenizer, "\n")[-1],)
-    options = {"sparsity": sparsity} if sparsity is not DENSE else {}
+    options = {"sparsity": sparsity, "tail": setup.tail} if sparsity is not DENSE else {}
     generate = squeezejax.generate if sparsity is not DENSE else squeezejax.dense_generate
     generation = generate(
         setup.params,
         tree,
         tokens,
-        lengths=np.array([len(ids) for ids in questions], np.int32),
+        lengths=lengths,
         max_new_tokens=first.max_new_tokens,
         stop_tokens=stop,
         implementation=setup.implementation,
@@ -155,3 +161,26 @@ def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[in
     kept = np.stack([generation.kept_fraction, generation.prefill_kept_fraction], axis=1, dtype=float).round(6).tolist()
     texts = [chat.decode(setup.tokenizer, row[:length]) for row, length in zip(replies, lengths, strict=True)]
     return [(text, *fractions) for text, fractions in zip(texts, kept, strict=True)]
+
+
+def pad(setup: Setup, prompts: Prompts, part: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The questions of a batch, padded at the end: tokens i32[B T] and lengths i32[B]."""
+    questions = [prompts.questions[at] for at in part]
+    multiple = max(PADDING, setup.multiple)  # few shapes are compiled
+    tokens = np.zeros((len(part), -(-max(map(len, questions)) // multiple) * multiple), np.int32)
+    for row, ids in zip(tokens, questions, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in questions], np.int32)
+
+
+def gold_likelihoods(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[int], sparsity) -> list:
+    """Mean log-likelihood of a token of each question's right answer; None where none is to be measured."""
+    if not setup.likelihood_tokens:
+        return [None] * len(part)
+    answers = [likelihood.gold_ids(setup.tokenizer, members[at], setup.likelihood_tokens) for at in part]
+    tokens, lengths = pad(setup, prompts, part)
+    # Sparsity 0 keeps every key: dense attention over the same cache.
+    options = {"sparsity": 0.0} if sparsity is DENSE else {"sparsity": sparsity, "tail": setup.tail}
+    return likelihood.of_answers(
+        setup.params, tree, tokens, lengths, answers, implementation=setup.implementation, **options
+    )

@@ -72,11 +72,14 @@ def _read(params, tokens) -> Read:  # tokens i32[1 S+W]
 
 
 def divide(context: Read, config: SqueezeConfig) -> Fixed:
-    """A context with a configuration's window; where that is empty, the queries of the default's calibrate."""
-    W = config.observation_window
-    S = context.keys.shape[2] - W
-    parts = (x[:, :, part] for part in (slice(S), slice(S, None)) for x in (context.keys, context.values))
-    return Fixed(Cache(*parts), context.queries[:, :, -(W or CONFIG.observation_window) :], config)
+    """A context with a configuration's sinks and window; where that is empty, those of the usual one calibrate."""
+    W, sinks = config.observation_window, config.sinks
+    last = context.keys.shape[2] - W
+    clustered = lambda x: x[:, :, sinks:last]
+    always = lambda x: jnp.concatenate([x[:, :, :sinks], x[:, :, last:]], axis=2)
+    keys, values = context.keys, context.values
+    cache = Cache(clustered(keys), clustered(values), always(keys), always(values))
+    return Fixed(cache, context.queries[:, :, -(W or CONFIG.observation_window) :], config)
 
 
 # ---- The questions
@@ -127,12 +130,12 @@ class Way(NamedTuple):
     choose: Callable
     question_block: int | None
     steps: int
-    longer: int  # tokens by which the window exceeds the usual one: they count as chosen keys
+    longer: int  # tokens by which sinks and window exceed the usual window: they count as chosen keys
 
     @classmethod
     def of(cls, method: Method) -> "Way":
         """A method's."""
-        longer = method.config.observation_window - CONFIG.observation_window
+        longer = method.config.always_read - CONFIG.always_read
         return cls(method.choose, method.question_block, method.steps, longer)
 
 

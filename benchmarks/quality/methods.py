@@ -16,12 +16,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax import SqueezeConfig, Tree, add_value_centroids, build_tree, calibrate, log_thresholds
-from squeezejax.online.estimate import Estimate, cluster_of_rows, descend
-from squeezejax.pallas_kernels.xla import attend as reference
+from squeezejax import Estimate, Selection, SqueezeConfig, Tree, add_value_centroids, build_tree, calibrate
+from squeezejax.online.reading import reading_of
+from squeezejax.online.select import kept_rows
+from squeezejax.pallas_kernels import codes
+from squeezejax.pallas_kernels.interface import Reading
+from squeezejax.pallas_kernels.xla import backend as xla
+from squeezejax.pallas_kernels.xla import estimated, levelwise
+from squeezejax.pallas_kernels.xla.lists import Found, cluster_of_rows
 from squeezejax.pallas_kernels.xla.softmax import merge
 
-CONFIG = SqueezeConfig(sparsity=0.9)  # of the trees; sparsities are settings of a run
+CONFIG = SqueezeConfig.paper()  # of the trees of most methods; sparsities are settings of a run
+DEFAULT = SqueezeConfig()  # the library's own
 PAGE = 16  # keys of one of Quest's pages
 SINKS = 4  # first tokens that StreamingLLM keeps
 POOLING = 5  # neighbouring tokens that SnapKV averages
@@ -33,8 +39,8 @@ class Cache(NamedTuple):
 
     keys: jax.Array  # [L K S H], of which a method chooses
     values: jax.Array  # [L K S H]
-    window_keys: jax.Array  # [L K W H], which everybody attends to
-    window_values: jax.Array  # [L K W H]
+    window_keys: jax.Array  # [L K sinks+W H], which everybody attends to: first tokens, where there are any, and last
+    window_values: jax.Array  # [L K sinks+W H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +54,12 @@ class Fixed:
     @functools.cached_property
     def built(self) -> Tree:
         """All levels, with value centroids, not calibrated."""
-        both = lambda *parts: jnp.concatenate(parts, axis=2)
-        keys, values = both(self.cache.keys, self.cache.window_keys), both(self.cache.values, self.cache.window_values)
+        sinks, window = self.config.sinks, self.config.observation_window
+        # What everybody attends to may begin with more first tokens than this configuration's sinks.
+        around = lambda x, always: [always[:, :, :sinks], x, always[:, :, always.shape[2] - window :]]
+        whole = lambda x, always: jnp.concatenate(around(x, always), axis=2)
+        cache = self.cache
+        keys, values = whole(cache.keys, cache.window_keys), whole(cache.values, cache.window_values)
         return add_value_centroids(build_tree(keys, values, self.config))
 
     @functools.cached_property
@@ -150,7 +160,7 @@ def _exact_build(fixed: Fixed) -> Units:
 
 def _exact_score(units: Units, q, valid):
     """The oracle: exact attention weights, for which every key is read."""
-    return mean_softmax(reference.centroid_dots(q, units.known), valid), len(units.known)
+    return mean_softmax(levelwise.centroid_dots(q, units.known), valid), len(units.known)
 
 
 def quest(name: str, bits: int = 16) -> Method:
@@ -200,7 +210,7 @@ def _blocks_build(fixed: Fixed) -> Units:
 def _by_centroid(units: Units, q, valid):
     """Blocks of positions with their mean key (as MoBA scores them, arXiv 2502.13189), or clusters, by log A."""
     size = units.sizes > 0
-    return reference.score_clusters(q, units.known, units.sizes, size, valid), jnp.sum(size)
+    return levelwise.score_clusters(q, units.known, units.sizes, size, valid), jnp.sum(size)
 
 
 def _clusters_build(fixed: Fixed) -> Units:
@@ -222,7 +232,8 @@ def _snapkv_build(fixed: Fixed) -> Units:
     N, W = fixed.queries.shape[1:3]
     queries = fixed.queries.reshape(L, K, N // K, W, H) / jnp.sqrt(jnp.float32(H))
     before = jnp.einsum("LKGWH,LKSH->LKGWS", queries, fixed.cache.keys)
-    causal = jnp.tril(jnp.ones((W, W), bool))
+    everybodys = fixed.cache.window_keys.shape[2]  # the window, and first tokens before it where it holds them
+    causal = jnp.tril(jnp.ones((W, everybodys), bool), everybodys - W)
     own = jnp.einsum("LKGWH,LKVH->LKGWV", queries, fixed.cache.window_keys)
     own = jnp.where(causal[None, None, None], own, -jnp.inf)
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1)[..., :S]
@@ -257,44 +268,108 @@ def cluster_of_key(tree: Tree) -> jax.Array:
     return jax.vmap(jax.vmap(one_head))(tree.order, fine.starts, fine.counts)
 
 
-class Squeezed(NamedTuple):
-    """The levels of a tree and where its keys are."""
-
-    levels: tuple
-    of_key: jax.Array  # i32[L K S]
-
-
-@functools.cache  # one function for each rule, so that methods which share it share their compiled program
-def _descending(by_mass: bool, tail: bool):
-    def choose(index: Squeezed, q, valid, knob):
-        estimate = Estimate(knob, tail) if by_mass else Estimate(tail=tail)
-        log_T = None if by_mass else knob
-        kept, rest = descend(index.levels, q, valid, log_T, estimate, CONFIG.coarse_margin)
-        read, alive = jnp.int32(0), [index.levels[0].counts > 0]
-        for above, level in zip(kept, index.levels[1:], strict=False):
-            alive.append((level.counts > 0) & above[level.parents])
-        for living, keep in zip(alive, kept, strict=True):
-            # A centroid for every cluster scored, and with the tail a mean value for every one given up.
-            read += jnp.sum(living) + (jnp.sum(living & ~keep) if tail else 0)
-        return Choice(kept[-1][index.of_key], read.astype(jnp.float32), merge(*rest) if tail else None)
-
-    return choose
+def _index_of(tree: Tree) -> Tree:
+    """What selecting reads of a tree: every leaf has the leading axes [L K]."""
+    nothing = dict.fromkeys(("sparsities", "thresholds", "block_thresholds", "context_hash"))
+    arrays = {
+        "keys": tree.keys[..., :0],
+        "values": tree.values[..., :0],
+        "window_keys": tree.window_keys[:, :, : tree.config.sinks],
+        "window_values": tree.window_values[:, :, :0],
+    }
+    return dataclasses.replace(tree, **arrays, **nothing)
 
 
-def squeezed(name: str, *, flat: bool = False, by_mass: bool = False, tail: bool = False) -> Method:
-    """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate."""
+def by_library(index: Tree, q, valid, reading: Reading) -> Choice:
+    """The library's own selection for one head: index without the axes [L K], q [M H], valid bool[M]."""
+    tree = jax.tree.map(lambda leaf: leaf[None, None], index)
+    group = 1 if tree.denominators is None else tree.denominators.shape[2]
+    find = lambda tree, reading: xla.select(tree, q[None, None], valid[None], group, jnp.int32(0), reading)
+    found = find(tree, reading)
+    mask = Selection(kept_rows(tree, found, 0)[0], jnp.int32(0)).key_mask(tree)[0]
+    rest = merge(*((out[0, 0], lse[0, 0]) for out, lse in found.rest)) if reading.tail else None
+    return Choice(mask, _index_read(tree, found, find, q, valid, reading), rest)
+
+
+def _index_read(tree: Tree, found: Found, find, q, valid, reading: Reading):
+    """Vectors of 16 bits that a selection read: centroids level by level, codes of keys, mean values for a tail.
+
+    Centroids in 32 bits count as in 16, which change no choice.
+    """
+    H, config = q.shape[1], tree.config
+    one = config.score == "variance"  # a variance, in 16 bits, comes with every centroid
+    of_cluster = vector_stored(config.index_bits, H) + (1 / H if one else 0)
+    if reading.min_mass is not None:
+        levels = jax.tree.map(lambda leaf: leaf[0, 0], tree.levels)
+        kept = estimated.descend(levels, q, valid, reading, config.coarse_margin)[0]
+    else:
+        # The levels above by themselves are a tree too, and what it keeps is what is looked at below.
+        above = range(1, len(tree.levels))
+        kept = [find(_shallow(tree, depth), _shallow_reading(reading, depth)).clusters[0, 0] for depth in above]
+        kept.append(found.clusters[0, 0])
+    read, parents = jnp.float32(0), jnp.ones(1, bool)
+    for level, keep in zip(tree.levels, kept, strict=True):
+        counts = level.counts[0, 0]
+        living = (counts > 0) & parents[level.parents[0, 0]]
+        read += jnp.sum(living.astype(jnp.float32)) * of_cluster
+        if reading.tail:
+            # The mean value of what is given up, and of clusters of whose keys some are.
+            read += jnp.sum(living & (~keep | (level is tree.levels[-1] and bool(config.key_bits)))).astype(jnp.float32)
+        parents = keep
+    if config.key_bits:
+        keys = jnp.sum(jnp.where(kept[-1], tree.levels[-1].counts[0, 0], 0)).astype(jnp.float32)
+        read += keys * vector_stored(config.key_bits, H)
+    return read
+
+
+def _shallow(tree: Tree, depth: int) -> Tree:
+    """The coarsest `depth` levels of a tree."""
+    config = dataclasses.replace(tree.config, cluster_fractions=tree.config.cluster_fractions[:depth], key_bits=0)
+    return dataclasses.replace(tree, levels=tree.levels[:depth], key_codes=None, key_steps=None, config=config)
+
+
+def _shallow_reading(reading: Reading, depth: int) -> Reading:
+    block = None if reading.block_log_T is None else reading.block_log_T[:depth]
+    return dataclasses.replace(reading, log_T=reading.log_T[:depth], block_log_T=block, tail=False, missed_mass=False)
+
+
+def vector_stored(bits: int, H: int) -> float:
+    """What reading a vector takes that the library stores in so many bits a number, in vectors of 16 bits."""
+    return codes.bytes_of(H, min(bits, 16)) / (2 * H)
+
+
+def squeezed(
+    name: str,
+    config: SqueezeConfig = CONFIG,
+    *,
+    flat: bool = False,
+    by_mass: bool = False,
+    tail: bool = False,
+    **tokens,
+) -> Method:
+    """Squeezed Attention as the library has it: by thresholds, or by mass; with or without the tail estimate.
+
+    `flat`: the finest level alone. `tokens`: question_block and steps of a `Method`.
+    """
     tree_of = lambda fixed: fixed.flat if flat else fixed.tree
 
-    def knob(fixed, index, setting):
-        return everywhere(fixed, jnp.float32(setting) if by_mass else log_thresholds(tree_of(fixed), setting))
+    def knob(fixed, index, setting) -> Reading:
+        options = {"min_mass": setting} if by_mass else {}
+        estimate = Estimate(tail=tail, **options) if tail or by_mass else None
+        sparsity = None if by_mass else setting
+        reading = reading_of(tree_of(fixed), sparsity=sparsity, estimate=estimate, implementation="xla")
+        return jax.tree.map(lambda x: everywhere(fixed, x), reading)
 
-    build = lambda fixed: Squeezed(tree_of(fixed).levels, cluster_of_key(tree_of(fixed)))
-    return Method(name, build, _descending(by_mass, tail), knob, "mass" if by_mass else "sparsity")
+    build = lambda fixed: _index_of(tree_of(fixed))
+    return Method(name, build, by_library, knob, "mass" if by_mass else "sparsity", config, **tokens)
 
 
 METHODS = {
     method.name: method
     for method in (
+        squeezed("squeezed_default", DEFAULT),
+        squeezed("squeezed_default_tail", DEFAULT, tail=True),
+        squeezed("squeezed_default_clusters", dataclasses.replace(DEFAULT, key_bits=0)),
         squeezed("squeezed"),
         squeezed("squeezed_flat", flat=True),
         squeezed("squeezed_tail", tail=True),

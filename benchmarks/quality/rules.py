@@ -1,9 +1,10 @@
-"""Squeezed Attention with one thing changed: how a cluster scores, where a threshold holds, how it is calibrated.
+"""What the library lacks: other scores of a cluster, and thresholds of a layer or a head of their own.
 
-`rule` makes a `Method`. It is a second, small implementation of calibration and selection that is open to changes; with
-none of them it chooses what the library chooses (tests/test_quality_rules.py). Whatever the score, a cluster's number
+`rule` makes a `Method` of one level of clusters; with nothing changed it chooses what the library chooses
+(tests/test_quality_rules.py), whose functions normalise and average the scores. Whatever the score, a cluster's number
 is what one of its keys is taken to weigh in the softmax, normalised over all keys and averaged over the rows that share
-a selection; thresholds are quantiles of these numbers over keys.
+a selection; thresholds are quantiles of these numbers over keys. What the library has (bits, sinks, levels, margins,
+its variance term) is varied by its own configuration: variants.py.
 """
 
 import dataclasses
@@ -13,23 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.quality.methods import CONFIG, SINKS, Choice, Fixed, Method, cluster_of_key, rounded, vector_read
+from benchmarks.quality.methods import CONFIG, Choice, Fixed, Method, cluster_of_key
 from squeezejax import SqueezeConfig
-from squeezejax.offline.calibrate import dropped_fractions
-from squeezejax.pallas_kernels.xla import attend as reference
-from squeezejax.pallas_kernels.xla.softmax import merge
+from squeezejax.pallas_kernels.xla import levelwise
 
 # ---- Scores of clusters
 
 
 class Clusters(NamedTuple):
-    """One level of a tree; leading axes [L K] but inside a head."""
+    """The finest level of a tree; leading axes [L K] but inside a head."""
 
     centroids: jax.Array  # f32[C H]
     counts: jax.Array  # i32[C]
-    parents: jax.Array  # i32[C]
     values: jax.Array  # f32[C H], means
     known: Any = None  # what a score needs beside centroids
 
@@ -45,7 +42,7 @@ class Score:
 
 
 def _dots(clusters: Clusters, q):
-    return reference.centroid_dots(q, clusters.centroids)
+    return levelwise.centroid_dots(q, clusters.centroids)
 
 
 def _mean_of(x, cluster, clusters: Clusters):
@@ -113,9 +110,8 @@ def _and(more):
 SCORES = {
     # Squeezed Attention: a key weighs what its centroid does.
     "centroid": Score(_dots),
-    # The mean of exp s(q, k) over Gaussian keys, exp(s(q, c) + ½ variance), by dimension and with one number.
+    # The mean of exp s(q, k) over Gaussian keys, exp(s(q, c) + ½ variance), by dimension: the library has one number.
     "variances": Score(_and(lambda clusters, q: _spread(clusters, q) / 2), _variances, vectors=2),
-    "variance": Score(_and(lambda clusters, q: _spread(clusters, q) / 2), _variance, numbers=1),
     # What a key weighs that lies one standard deviation towards the query.
     "deviation": Score(_and(lambda clusters, q: jnp.sqrt(_spread(clusters, q))), _variance, numbers=1),
     # The most that a key inside the cluster's ball, or its box (Quest's for pages, arXiv 2406.10774), could weigh.
@@ -132,97 +128,50 @@ SCORES = {
 
 
 class Index(NamedTuple):
-    """The levels of a tree, coarse → fine, and where its keys are."""
+    """Clusters, and which of them every key is in."""
 
-    levels: tuple[Clusters, ...]
-    of_key: jax.Array  # i32[L K S], finest cluster
-
-
-@functools.partial(jax.jit, static_argnames=("learn", "bits"))
-def _know(levels, of_key, keys, values, learn, bits: int) -> Index:
-    """The index of a tree's levels, with what a score needs to know, means in so many bits."""
-    found, cluster = [], of_key
-    for depth, level in reversed([*enumerate(levels)]):
-        clusters = Clusters(level.centroids, level.counts, level.parents, level.value_centroids)
-        if learn is not None:
-            clusters = clusters._replace(known=jax.vmap(jax.vmap(learn))(keys, values, cluster, clusters))
-        means = rounded(clusters.centroids, keys, bits), rounded(clusters.values, values, bits)
-        found.insert(0, clusters._replace(centroids=means[0], values=means[1]))
-        if depth:
-            cluster = jnp.take_along_axis(level.parents, cluster, axis=2)
-    return Index(tuple(found), of_key)
+    clusters: Clusters
+    of_key: jax.Array  # i32[L K S]
 
 
-def _score(clusters: Clusters, q, valid, above, logits: Callable):
-    """(log A f32[C], alive bool[C], log of what a key weighs f32[M C]) of a head's level; above bool[…], what was kept
-    of the level above, at the coarsest one cluster."""
-    alive = (clusters.counts > 0) & above[clusters.parents]
-    weighs = logits(clusters, q)
-    mean = reference.LogMean.start(alive.shape).add(reference.log_scores(weighs, clusters.counts, alive), valid)
-    return mean.end(alive), alive, weighs
+@functools.partial(jax.jit, static_argnames="learn")
+def _know(level, of_key, keys, values, learn) -> Index:
+    """The index of a tree's finest level, with what a score needs to know."""
+    clusters = Clusters(level.centroids, level.counts, level.value_centroids)
+    if learn is not None:
+        clusters = clusters._replace(known=jax.vmap(jax.vmap(learn))(keys, values, of_key, clusters))
+    return Index(clusters, of_key)
 
 
-@functools.cache  # one function for each rule, so that methods which share it share their compiled program
-def _choosing(score: Score, tail: bool, sinks: int, bits: int):
+def _score(clusters: Clusters, q, valid, logits: Callable):
+    """log A f32[C] of a head's clusters."""
+    alive = clusters.counts > 0
+    scores = levelwise.log_scores(logits(clusters, q), clusters.counts, alive)
+    return levelwise.LogMean.start(alive.shape).add(scores, valid).end(alive)
+
+
+@functools.cache  # one function for each score, so that methods which share it share their compiled program
+def _choosing(score: Score):
     def choose(index: Index, q, valid, log_T) -> Choice:
-        kept, read, rest = jnp.ones(1, bool), jnp.float32(0), []
-        H = q.shape[1]
-        of_centroid = score.vectors * vector_read(bits, H) + score.numbers / H
-        for depth, clusters in enumerate(index.levels):
-            log_A, alive, weighs = _score(clusters, q, valid, kept, score.logits)
-            kept = log_A > log_T[depth]
-            read += jnp.sum(alive.astype(jnp.float32)) * of_centroid
-            if tail:
-                given_up = alive & ~kept
-                rest.append(_attend_means(clusters, weighs, given_up))
-                read += jnp.sum(given_up.astype(jnp.float32)) * vector_read(bits, H)
-        mask = kept[index.of_key]
-        return Choice(mask | (jnp.arange(len(mask)) < sinks), read, merge(*rest) if tail else None)
+        kept = _score(index.clusters, q, valid, score.logits) > log_T
+        of_cluster = score.vectors + score.numbers / q.shape[1]
+        read = jnp.sum((index.clusters.counts > 0).astype(jnp.float32)) * of_cluster
+        return Choice(kept[index.of_key], read)
 
     return choose
 
 
-def _attend_means(clusters: Clusters, weighs, given_up):
-    """Rows attend to clusters given up bool[C] by their mean values: (out f32[M H], lse f32[M])."""
-    mass = weighs + jnp.log(jnp.maximum(clusters.counts, 1).astype(jnp.float32))[None, :]
-    mass = jnp.where(given_up[None, :], mass, reference.MASKED)
-    lse = jax.nn.logsumexp(mass, axis=1)
-    return jnp.exp(mass - lse[:, None]) @ clusters.values, lse
-
-
-class Calibration(NamedTuple):
-    """How thresholds are found."""
-
-    scope: str = "model"  # one a "model", a "layer" or a "head"
-    samples: str = "mean"  # scores averaged over the window's queries, or of each "query" by itself
-    margin: float = CONFIG.coarse_margin
-
-
-USUAL = Calibration()
-
-
-@functools.partial(jax.jit, static_argnames=("logits", "how"))
-def _thresholds(levels, queries, dropped, logits: Callable, how: Calibration):
-    """log T f32[L K levels] for the fractions dropped f32[levels] of all keys; queries [L N W H]."""
-    L, K = levels[0].counts.shape[:2]
-    N, W, H = queries.shape[1:]
-    q = queries.reshape(L, K, N // K, W, H)
-    q = q.swapaxes(2, 3) if how.samples == "query" else q.reshape(L, K, 1, -1, H)  # [L K samples M H]
-    everyone = jnp.ones(q.shape[3], bool)
-    score = lambda clusters, q, above: _score(clusters, q, everyone, above, logits)[0]
-    score = jax.vmap(jax.vmap(jax.vmap(score, in_axes=(None, 0, 0))))
-    found, kept = [], jnp.ones((*q.shape[:3], 1), bool)
-    for depth, clusters in enumerate(levels):
-        log_A = score(clusters, q, kept)  # [L K samples C]
-        groups = {"model": 1, "layer": L, "head": L * K}[how.scope]
-        counts = jnp.broadcast_to(clusters.counts[:, :, None], log_A.shape)
-        log_T = jax.vmap(_quantile, in_axes=(0, 0, None))(
-            log_A.reshape(groups, -1), counts.reshape(groups, -1), dropped[depth]
-        )
-        log_T = jnp.repeat(log_T, L * K // groups).reshape(L, K)
-        kept = log_A > log_T[:, :, None, None]
-        found.append(log_T)
-    return jnp.stack(found, axis=2)
+@functools.partial(jax.jit, static_argnames=("logits", "scope"))
+def _thresholds(clusters: Clusters, queries, dropped, logits: Callable, scope: str):
+    """log T f32[L K] for the fraction dropped f32[] of all keys of a scope; queries [L N W H]."""
+    L, K = clusters.counts.shape[:2]
+    q = queries.reshape(L, K, -1, queries.shape[3])
+    everyone = jnp.ones(q.shape[2], bool)
+    log_A = jax.vmap(jax.vmap(lambda clusters, q: _score(clusters, q, everyone, logits)))(clusters, q)  # [L K C]
+    groups = {"model": 1, "layer": L, "head": L * K}[scope]
+    of_group = jax.vmap(_quantile, in_axes=(0, 0, None))
+    log_T = of_group(log_A.reshape(groups, -1), clusters.counts.reshape(groups, -1), dropped)
+    return jnp.repeat(log_T, L * K // groups).reshape(L, K)
 
 
 def _quantile(values, counts, fraction):
@@ -234,39 +183,15 @@ def _quantile(values, counts, fraction):
     return jnp.where(fraction <= 0, -jnp.inf, values[order][at])
 
 
-def rule(
-    name: str,
-    *,
-    score: str = "centroid",
-    bits: int = 16,
-    levels: int = 1,
-    tail: bool = False,
-    sinks: bool = False,
-    calibration: Calibration = USUAL,
-    config: SqueezeConfig = CONFIG,
-    **tokens,
-) -> Method:
-    """Squeezed Attention with other choices than the library's; `levels` counts from the finest.
-
-    bits: of a number of centroids and mean values, where keys and values have 16.
-    tail: clusters given up are estimated (squeezejax/estimate.py). sinks: the first tokens are always kept, as
-    StreamingLLM has it (arXiv 2309.17453). `tokens`: question_block and steps of a `Method`.
-    """
+def rule(name: str, *, score: str = "centroid", scope: str = "model", config: SqueezeConfig = CONFIG) -> Method:
+    """One level of clusters, scored as SCORES has it, with a threshold a "model", a "layer" or a "head"."""
     how = SCORES[score]
 
     def build(fixed: Fixed) -> Index:
-        top, *others = fixed.built.levels[-levels:]
-        top = dataclasses.replace(top, parents=jnp.zeros_like(top.parents))
-        cache = fixed.cache
-        return _know((top, *others), cluster_of_key(fixed.built), cache.keys, cache.values, how.learn, bits)
+        cache, finest = fixed.cache, fixed.built.levels[-1]
+        return _know(finest, cluster_of_key(fixed.built), cache.keys, cache.values, how.learn)
 
     def knob(fixed: Fixed, index: Index, sparsity: float):
-        shape = dataclasses.replace(
-            config, cluster_fractions=config.cluster_fractions[-levels:], coarse_margin=calibration.margin
-        )
-        grid = np.array([sparsity])
-        dropped = np.array([dropped_fractions(grid, depth, shape)[0] for depth in range(levels)], np.float32)
-        return _thresholds(index.levels, fixed.queries, dropped, how.logits, calibration)
+        return _thresholds(index.clusters, fixed.queries, jnp.float32(sparsity), how.logits, scope)
 
-    choose = _choosing(how, tail, SINKS if sinks else 0, bits)
-    return Method(name, build, choose, knob, "sparsity", config, **tokens)
+    return Method(name, build, _choosing(how), knob, "sparsity", config)

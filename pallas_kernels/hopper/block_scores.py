@@ -124,6 +124,7 @@ def _row_statistics(q, read: Read, config: Config):
                 both = [rings[name].at[slot] for name in ("high_sm", "low_sm")]
                 dots = _add_products([(q_sm.at[warpgroup], part.T) for part in both], shape)
                 weights = columns(load(rings["weights_sm"].at[slot], ALONG), shape)
+                plgpu.commit_smem()  # weights were read by loads, after which TMA, which overwrites them, needs a fence
                 plgpu.barrier_arrive(ring_free.at[slot])
                 dots = jnp.where(weights > 0, dots, MASKED)
                 new_top = jnp.maximum(top, plgpu.layout_cast(jnp.max(dots, axis=1), DOWN))

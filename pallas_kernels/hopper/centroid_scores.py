@@ -137,6 +137,7 @@ def score_clusters(
                 return [base + granule for granule in granules], masks
 
             def fetch(tile, slot):
+                plgpu.commit_smem()  # the slot was read by loads, after which TMA, which overwrites it, needs a fence
                 if not in_order:
                     list_items(tile)
                 for i, granule in enumerate(find(tile)[0]):
@@ -204,7 +205,7 @@ def score_clusters(
         scratch_types=scratch,
         grid=(num_ctas,),
         grid_names=("cta",),
-        compiler_params=compiler_params(),
+        compiler_params=compiler_params(across_warps=True),
         kernel_name="centroid_scores",
     )(q.reshape(lanes, G, H), level.centroids.reshape(-1, H), level.counts.reshape(-1), *step, *kept_operands)
     return Scores(dots, stats), None if in_order else Lists(*lists)

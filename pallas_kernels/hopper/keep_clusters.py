@@ -152,7 +152,7 @@ def keep_clusters(
         scratch_types={"turn_sm": plgpu.SMEM((len(Runs._fields), TILE), jnp.int32)},
         grid=(num_ctas,),
         grid_names=("cta",),
-        compiler_params=compiler_params(approx_math=False),
+        compiler_params=compiler_params(across_warps=True, approx_math=False),
         kernel_name="keep_clusters",
     )(*operands)
     return Kept(*kept, None if lists is None else lists.num_items)

@@ -81,6 +81,6 @@ def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
         ],
         grid=(lanes, H // TILE),
         grid_names=("lane", "piece"),
-        compiler_params=compiler_params(),
+        compiler_params=compiler_params(across_warps=True),
         kernel_name="merge_shares",
     )(outs, stats, offsets)

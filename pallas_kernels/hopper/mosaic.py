@@ -12,7 +12,6 @@ import jax.numpy as jnp
 GRANULE = 8  # rows that a kernel reads together: the height of a swizzle tile, the least that TMA can place
 TILE = 64  # rows that a CTA works on together: the height of a wgmma
 MASKED = -1e30  # a score that counts for nothing; finite, so that a lane of nothing else stays free of NaN
-MULTIPROCESSORS = 132  # of an H100 or H200
 
 # Transposed scores and outputs: key rows (or head entries) down the 64 rows of a wgmma, query rows along its columns.
 MATRIX = plgpu.Layout.WGMMA
@@ -20,15 +19,16 @@ DOWN = MATRIX.reduce(1)  # a vector along a MATRIX's rows
 ALONG = MATRIX.reduce(0)  # a vector along a MATRIX's columns
 
 _interpreting = False
+_compiling_for = None  # a device that is not here
 
 
 @contextlib.contextmanager
 def interpret():
-    """Kernels traced inside run on the CPU, by Pallas's interpreter."""
+    """Kernels traced inside run on the CPU, by Pallas's interpreter, which prints RACE DETECTED where it sees one."""
     global _interpreting
     _interpreting = True
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
     finally:
         _interpreting = False
@@ -39,9 +39,28 @@ def interpreting() -> bool:
     return _interpreting
 
 
+@contextlib.contextmanager
+def compile_for(device):
+    """Kernels traced inside are meant for a device (of `jax.experimental.topologies`), and not for one that is here."""
+    global _compiling_for
+    before, _compiling_for = _compiling_for, device
+    try:
+        yield
+    finally:
+        _compiling_for = before
+
+
+def multiprocessors() -> int:
+    """How many the device has that kernels are traced for: 132 on an H100 SXM or H200, 114 on an H100 PCIe."""
+    device = _compiling_for or jax.devices()[0]
+    if device.platform != "gpu":
+        raise NotImplementedError(f"the kernels need a GPU, the interpreter or `compile_for`, and this is {device}")
+    return device.core_count
+
+
 def count_ctas(per_multiprocessor: int) -> int:
     """CTAs of a kernel that shares its work out evenly, so many a multiprocessor."""
-    return 3 if _interpreting else per_multiprocessor * MULTIPROCESSORS  # interpreting takes longer with every CTA
+    return 3 if _interpreting else per_multiprocessor * multiprocessors()  # interpreting takes longer with every CTA
 
 
 def load(ref, layout):
@@ -57,8 +76,14 @@ def swizzled(head_dim: int, itemsize: int = 2):
     return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(tile * itemsize)
 
 
-def compiler_params(*, approx_math: bool = True, **options) -> plgpu.CompilerParams:
-    """Options of every kernel here; more may be given."""
+def compiler_params(*, across_warps: bool = False, approx_math: bool = True, **options) -> plgpu.CompilerParams:
+    """Options of every kernel here; more may be given.
+
+    across_warps: one of its warpgroups reduces across its warps, or to a scalar. The shared memory for that is the same
+    for all warpgroups, so no second one may; without it such a reduction does not compile.
+    """
+    if not across_warps:
+        options["reduction_scratch_bytes"] = 0
     return plgpu.CompilerParams(
         approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
     )

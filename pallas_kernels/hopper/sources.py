@@ -105,11 +105,14 @@ class Reader:
                 kind, at = jnp.where(beyond, s + 1, kind), jnp.where(beyond, at - tiles, at)
                 if s + 1 < last:
                     begin, end = jnp.where(beyond, begin_of[s + 1], begin), jnp.where(beyond, end_of[s + 1], end)
-            granules, masks = in_order_granules(at, begin, end)
-            if self.listed:
-                listed = listed_granules(item_at, num_items, at)
-                choose = lambda x, y: [jnp.where(kind == last, a, b) for a, b in zip(x, y, strict=True)]
-                granules, masks = choose(listed[0], granules), choose(listed[1], masks)
+            in_order = lambda: in_order_granules(at, begin, end)
+            listed = lambda: listed_granules(item_at, num_items, at)
+            if not self.listed:
+                granules, masks = in_order()
+            elif not last:
+                granules, masks = listed()
+            else:  # of rows in order there are no items, and where these lie others are being written
+                granules, masks = lax.cond(kind == last, listed, in_order)
             return kind, tuple(granules), tuple(masks)
 
         return find

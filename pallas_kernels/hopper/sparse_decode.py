@@ -6,8 +6,9 @@ evenly over CTAs (`shares`), and each CTA's parts of lanes are merged in the end
 
 In a CTA, two producer warpgroups fetch K and V tile by tile (8 TMA boxes of 8 rows) through a ring of stages, and one
 consumer warpgroup computes transposed: scores Sᵀ = K qᵀ, output Oᵀ = Vᵀ Pᵀ, keys and head entries in the 64 rows of a
-wgmma and the group's few queries in its columns. The producer of K also works out how the tiles are split, and lists
-the share's granules, 64 at a time, while the stages that it has filled are read.
+wgmma and the group's few queries in its columns. The producer of K also lists the share's granules, 64 at a time,
+while the stages that it has filled are read. Only the consumer reduces across warps, so it is also the one that works
+out how the tiles are split, before the others start (`work_list.Lister` says why).
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ from squeezejax.pallas_kernels.hopper.mosaic import (
     GRANULE,
     MASKED,
     MATRIX,
-    MULTIPROCESSORS,
     TILE,
     columns,
     compiler_params,
+    count_ctas,
     full,
     interpreting,
     swizzled,
@@ -66,7 +67,7 @@ def default_config(head_dim: int, group: int, listing: int = 0) -> Config:
     M, width = -(-group // 8) * 8, -(-head_dim // TILE) * TILE
     stage = 2 * TILE * (head_dim + width)
     fixed = 2 * M * (head_dim + TILE) + 4 * M * (width + 2) + 4096  # queries, weights, results; barriers, alignment
-    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=MULTIPROCESSORS)
+    return Config(stages=min((SHARED_MEMORY - fixed - listing) // stage, 12), num_ctas=count_ctas(1))
 
 
 def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, *, config: Config | None = None):
@@ -263,7 +264,7 @@ def _attend_shares(q, pitch: int, M: int, sources, step: Step, lanes: int, num_h
 
         @pl.when(warpgroup == 1)
         def _():
-            plan()
+            plgpu.barrier_wait(planned)
             produce(0, k_sm, k_full, k_free)
 
         @pl.when(warpgroup == 2)
@@ -273,7 +274,7 @@ def _attend_shares(q, pitch: int, M: int, sources, step: Step, lanes: int, num_h
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.barrier_wait(planned)
+            plan()
             _, blocks = shares.visit(cta, consume, (0, 0))
             if listed:
                 items.end(blocks, lists=False)
@@ -310,6 +311,6 @@ def _attend_shares(q, pitch: int, M: int, sources, step: Step, lanes: int, num_h
         num_threads=3,
         thread_name="warpgroup",
         # Every shared buffer is written and read across barriers that the body states itself.
-        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(across_warps=True, unsafe_no_auto_barriers=True),
         kernel_name="sparse_decode",
     )(q, *step, *operands(sources))

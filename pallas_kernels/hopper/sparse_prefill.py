@@ -223,8 +223,12 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
             tiles, top, total, out = lax.fori_loop(first, end, step, (tiles, *nothing))
             slot = cta + unit
             out_gm[slot, mine, pl.ds(part * shape[1], shape[1])] = out
-            stats_gm[slot, 0, mine] = top
-            stats_gm[slot, 1, mine] = total
+
+            @pl.when(part == 0)  # where both have the same rows they have the same statistics, too
+            def _():
+                stats_gm[slot, 0, mine] = top
+                stats_gm[slot, 1, mine] = total
+
             return tiles
 
         @pl.when(warpgroup < CONSUMERS)

@@ -170,9 +170,27 @@ def before_each(numbers):
     return plgpu.layout_cast(jnp.sum(jnp.where(row < column, rows(numbers, shape), 0), axis=0), ALONG)
 
 
+def sums_to_each(numbers):
+    """In a kernel: sums of the numbers before each one, and with it, i32[TILE] along the columns -> down the rows.
+
+    Each of the two is reduced within warps (`Lister`).
+    """
+    shape = (TILE, TILE)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    spread = columns(numbers, shape)
+    add = lambda which: plgpu.layout_cast(jnp.sum(jnp.where(which, spread, 0), axis=1), DOWN)
+    return add(column < row), add(column <= row)
+
+
 @dataclasses.dataclass(frozen=True)
 class Lister:
-    """In a kernel, for one warpgroup: what lanes keep as items, `prepare` first."""
+    """In a kernel: what lanes keep as items; one warpgroup has to `prepare`, after which all can ask for numbers.
+
+    A sum across the warps of a warpgroup goes through shared memory that Mosaic reserves once a CTA: two warpgroups
+    that reduce so at once overwrite each other's sums, which no barrier of either prevents. `prepare` does that;
+    `items`, called while other warpgroups work, sums within warps only. `benchmarks.mosaic_code` finds violations.
+    """
 
     kept: Kept  # references
     skip: object  # bool[]: nothing was marked, and nothing is listed
@@ -184,7 +202,7 @@ class Lister:
     def scratch(kept: Kept) -> dict:
         """What it needs of shared memory."""
         chunks, lanes = kept.tile_items.shape[0] // TILE, kept.tile_items.shape[1]
-        return {"sums_sm": plgpu.SMEM((chunks, lanes), jnp.int32), "begins_sm": plgpu.SMEM((2, TILE), jnp.int32)}
+        return {"sums_sm": plgpu.SMEM((chunks, lanes), jnp.int32), "begins_sm": plgpu.SMEM((3, TILE), jnp.int32)}
 
     @property
     def _chunks(self) -> int:
@@ -242,14 +260,14 @@ class Lister:
         else:
             tiles = lax.shift_right_logical(self.kept.num_read[lane] + (PER_TILE - 1), 3)
         numbers = load(self.kept.tile_items.at[pl.ds(chunk * TILE, TILE), lane], DOWN)
-        numbers = jnp.where(index + chunk * TILE < tiles, numbers, 0)
         plgpu.commit_smem()  # a barrier: all warps are done with the chunk before
-        self.begins_sm[0] = before_each(numbers) + base
+        self.begins_sm[2] = jnp.where(index + chunk * TILE < tiles, numbers, 0)
         plgpu.commit_smem()
-        begins = load(self.begins_sm.at[0], DOWN)
-        self.begins_sm[1] = begins + numbers
+        for i, sums in enumerate(sums_to_each(load(self.begins_sm.at[2], ALONG))):
+            self.begins_sm[i] = sums + base
         plgpu.commit_smem()
-        first = jnp.sum(jnp.where(begins + numbers <= 0, 1, 0))
+        begins, ends = (load(self.begins_sm.at[i], ALONG) for i in range(2))
+        first = jnp.sum(jnp.where(ends <= 0, 1, 0))
         end = jnp.sum(jnp.where(begins < TILE, 1, 0))
 
         def add_tile(tile, items):

@@ -1,8 +1,9 @@
 """The arguments of every command: what `squeezejax COMMAND --help` explains."""
 
 import argparse
-import os
-import sys
+import itertools
+import shutil
+import textwrap
 
 from squeezejax.command_line.kinds import at_least, count_or_none, fraction, fractions, mesh, not_negative, positive
 from squeezejax.config import SqueezeConfig
@@ -12,17 +13,16 @@ DEMO_TOKENS = 4096  # a length at which the embedded model answers nearly everyt
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and one column for all options."""
+    """As wide as the terminal, up to 110: paragraphs are filled, indented lines stay; one column for all options."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=min(110, max(60, _columns())))
+        width = min(110, max(20, shutil.get_terminal_size((100, 24)).columns - 2))
+        super().__init__(prog, max_help_position=min(30, width // 2), width=width)
 
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
-    except (OSError, ValueError, AttributeError):
-        return 98
+    def _fill_text(self, text, width, indent):
+        blocks = itertools.groupby(text.splitlines(), key=lambda line: not line or line[0].isspace())
+        lines = (group if as_it_is else textwrap.wrap(" ".join(group), width) for as_it_is, group in blocks)
+        return "\n".join(indent + line for block in lines for line in block)
 
 
 def _command(commands, name: str, summary: str, description: str, run):
@@ -243,7 +243,9 @@ The new text follows the old one after an empty line.""",
     required.add_argument("--tree", required=True, metavar="OLD", help="what `build` or `append` wrote")
     required.add_argument("--context", required=True, metavar="FILE", help="the text to add, UTF-8")
     required.add_argument("--out", required=True, metavar="TREE", help="file to write; with --force also OLD")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names, if you built it)"
+    )
     _add_work(command)
     return command
 
@@ -265,13 +267,21 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     )
     command.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes")
     command.add_argument("--tree", required=True, metavar="TREE", help="what `build` wrote (required)")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names, if you built it)"
+    )
     command.add_argument(
         "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
     )
     command.add_argument("--sparsity", type=fraction, metavar="X", help=_SPARSITY.replace("0.9", "as built"))
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
+    )
+    command.add_argument(
+        "--implementation",
+        choices=("xla", "mosaic"),
+        help="choose keys by this one, even where reading all would be faster (default: the best, and every key where "
+        "choosing does not pay)",
     )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
     command.add_argument(

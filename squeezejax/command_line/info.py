@@ -3,23 +3,30 @@
 import dataclasses
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from squeezejax.chat.shown import shown_line
 from squeezejax.memory import readable_bytes
 from squeezejax.offline.thresholds import log_thresholds
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
+# In JSON those below a space are escaped already; a line break here is one of the layout.
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def info(arguments):
     """`squeezejax info`."""
     content = describe_tree(arguments.tree)
-    print(json.dumps(content, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(content)))
+    if arguments.json:
+        print(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(content, indent=2, ensure_ascii=False)))
+    else:
+        print("\n".join(map(shown_line, _lines(content))))
 
 
 def describe_tree(path) -> dict:

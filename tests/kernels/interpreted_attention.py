@@ -114,6 +114,11 @@ def in_order_only():
     check([[0], [0]], window=77, room=1, listed=False)
 
 
+def deep():
+    """Rings that wrap again and again, and blocks of items: 30 tiles a CTA, lanes of very different length."""
+    check([[190, 3], [0, 70]], R=1600, config=sparse_decode.Config(stages=3, num_ctas=1), window=20, room=9)
+
+
 def drawn():
     """Hypothesis draws shapes, counts and tunings, within its own time limit."""
     from hypothesis import HealthCheck, given, settings

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.pallas_kernels.hopper import decode, mosaic
+from squeezejax.pallas_kernels.hopper import centroid_scores, decode, mosaic
 from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
 
@@ -148,6 +148,15 @@ def two_levels():
 def three_levels():
     check((6, 31, 150), B=2, K=3, L=1, S=900)  # planes that begin inside granules
     check((5, 40, 131), K=1, L=3, S=800, fraction=0.15, seed=2)
+
+
+def deep():
+    """Buffers and blocks of items that are used again and again: 30 tiles a CTA, at both levels."""
+    count_ctas, centroid_scores.count_ctas = centroid_scores.count_ctas, lambda per_multiprocessor: 1
+    try:
+        check((1000, 1300), K=2, L=1, S=2600, fraction=0.8, dead=0.0)
+    finally:
+        centroid_scores.count_ctas = count_ctas
 
 
 def no_survivor():

@@ -17,3 +17,10 @@ def run_python(*arguments, timeout: float = 600) -> subprocess.CompletedProcess:
         [sys.executable, *arguments], cwd=ROOT, env=os.environ | OPTIONS,
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
+
+
+def run_checks(program, *names, timeout: float = 600):
+    """Interpreted checks of a program: they pass, and the interpreter's race detection has nothing to say."""
+    run = run_python(program, *names, timeout=timeout)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "RACE DETECTED" not in run.stdout, run.stdout[:3000]

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from processes import run_checks
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
 from squeezejax.pallas_kernels.hopper import block_scores, mosaic, prefill
-from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, split
+from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, Walk, split
 from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 ROWS, CLUSTERS = 256, 256  # of most checks, so that they share their compiled programs
@@ -118,6 +118,30 @@ def sums():
             np.testing.assert_allclose(found[u][:, alive], want, rtol=tolerance)
 
 
+def deep():
+    """Rings that wrap again and again, in both passes: one part of 40 tiles."""
+    rng = np.random.default_rng(4)
+    U, C = 1, 5120
+    q = jnp.asarray(2 * rng.standard_normal((U, 128, 64)), jnp.bfloat16)
+    weights = rng.integers(0, 9, (U, C)).astype(np.float32)
+    centroids = rng.standard_normal((U, C, 64)).astype(np.float32)
+    order = rng.permutation(C // 8).astype(np.int32)[None]
+    parts, Walk.parts = Walk.parts, lambda walk, units: 1
+    try:
+        with mosaic.interpret():
+            read = Read(
+                *split(jnp.asarray(centroids), q.dtype), jnp.asarray(weights), order, np.full(U, C // 8, np.int32)
+            )
+            found = np.asarray(block_scores.sum_scores(q, np.ones((U, 128), bool), read, jnp.float32(-9)))
+    finally:
+        Walk.parts = parts
+    rows = (order[0, :, None] * 8 + np.arange(8)).reshape(-1)
+    scores = np.exp(np.asarray(q[0], np.float64) @ centroids[0][rows].T / 8)
+    want = (scores / (scores @ weights[0])[:, None]).sum(0) * np.exp(9)
+    alive = weights[0] > 0
+    np.testing.assert_allclose(found[0, 0, alive], want[alive], rtol=3e-5)
+
+
 def flat():
     check_select((150,))
     assert check_select((150,), log_T=[-np.inf]).any()  # everything with a key
@@ -202,13 +226,12 @@ def drawn():
     selection()
 
 
-CHECKS = (("sums", "flat", "ties"), ("hierarchy", "unread"), ("no_row", "groups", "drawn"))
+CHECKS = (("sums", "flat", "ties"), ("hierarchy", "unread"), ("deep",), ("no_row", "groups", "drawn"))
 
 
 @pytest.mark.parametrize("checks", CHECKS, ids=" ".join)
 def test_interpreted(checks):
-    run = run_python(__file__, *checks, timeout=500)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_checks(__file__, *checks, timeout=500)
 
 
 def test_a_block_by_hand():

@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 import pytest
-from processes import run_python
+from processes import run_checks
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -12,9 +12,9 @@ if jax.__version_info__ < (0, 11):
 HERE = pathlib.Path(__file__).parent
 CHECKS = {
     "interpreted_attention": (
-        "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "drawn",
+        "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "deep", "drawn",
     ),
-    "interpreted_selection": ("flat", "two_levels", "three_levels", "no_survivor", "many_clusters", "drawn"),
+    "interpreted_selection": ("flat", "two_levels", "three_levels", "deep", "no_survivor", "many_clusters", "drawn"),
     "interpreted_step": (
         "attend_flat", "attend_hierarchical", "equal_keys", "padded_in_the_middle", "self_checked",
     ),
@@ -23,5 +23,4 @@ CHECKS = {
 
 @pytest.mark.parametrize(("program", "check"), [(program, check) for program in CHECKS for check in CHECKS[program]])
 def test_interpreted(program, check):
-    run = run_python(HERE / f"{program}.py", check)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_checks(HERE / f"{program}.py", check)

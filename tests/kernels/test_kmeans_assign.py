@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from processes import run_checks, run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -59,6 +59,12 @@ def head_sizes():
         check_nearest(unit(rng, 1, 70, H), unit(rng, 1, 131, H))
     with pytest.raises(NotImplementedError, match="head sizes"):
         kmeans_assign.nearest(unit(rng, 1, 70, 80), unit(rng, 1, 131, 80))
+
+
+def deep():
+    """A ring that wraps again and again: 31 tiles."""
+    rng = np.random.default_rng(5)
+    check_nearest(unit(rng, 1, 130, 64), unit(rng, 1, 3900, 64), config=kmeans_assign.Config(64, 3))
 
 
 def ties():
@@ -152,13 +158,12 @@ def self_checked():
             self_check.assignment(64)
 
 
-CHECKS = ("head_sizes", "ties", "mapped", "not_numbers", "drawn", "whole", "self_checked")
+CHECKS = ("head_sizes", "deep", "ties", "mapped", "not_numbers", "drawn", "whole", "self_checked")
 
 
-@pytest.mark.parametrize("checks", [CHECKS[:4], CHECKS[4:]], ids=" ".join)
+@pytest.mark.parametrize("checks", [CHECKS[:5], CHECKS[5:]], ids=" ".join)
 def test_interpreted(checks):
-    run = run_python(__file__, *checks, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_checks(__file__, *checks, timeout=300)
 
 
 COMPILE = """

@@ -4,6 +4,7 @@ Each group of checks runs in a process of its own (`python test_prefill.py NAME 
 hangs, and then ends with its timeout.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_python
+from processes import run_checks, run_python
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
@@ -71,6 +72,13 @@ def uneven():
     check_attention([0, 0])  # nothing at all
     check_attention([1], K=1, masks=1)  # one key, more CTAs than work
     check_attention([32, 32, 31], K=1, M=130, masks=255)  # everything kept; rows past 128 are a unit of their own
+
+
+def deep():
+    """Rings that wrap again and again: 30 tiles a CTA, lanes of very different length, probabilities of every kind."""
+    for H, keys in ((64, 64), (192, 64)):
+        config = dataclasses.replace(sparse_prefill.CONFIGS[H], keys=keys, stages=2)
+        check_attention([200, 0, 500, 21], H=H, R=4000, config=config)
 
 
 def drawn():
@@ -147,6 +155,7 @@ def attend():
 
 def self_checked():
     """The check that lets `None` choose the kernel passes with it, and fails where its answer is a little off."""
+    self_check.TILES = 2  # rings wrap in `deep`
     with mosaic.interpret():
         self_check.prefill_blocks(64, "bfloat16")
         attend_items = sparse_prefill.attend_items
@@ -155,13 +164,12 @@ def self_checked():
             self_check.prefill_blocks(64, "bfloat16")
 
 
-CHECKS = (("lists", "head_sizes", "uneven"), ("drawn", "attend", "self_checked"))
+CHECKS = (("lists", "head_sizes", "uneven"), ("deep",), ("drawn", "attend", "self_checked"))
 
 
 @pytest.mark.parametrize("checks", CHECKS, ids=" ".join)
 def test_interpreted(checks):
-    run = run_python(__file__, *checks, timeout=500)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_checks(__file__, *checks, timeout=500)
 
 
 COMPILE = """

@@ -1,0 +1,1 @@
+"""What squeezing does to a real model on real texts: distance to dense attention, needles, every layer and head."""
