@@ -153,7 +153,7 @@ def test_selection_equals_the_oracle(levels, index_bits, key_bits, calibrated):
     for seed, T in enumerate((1, 3, 1, 3)):
         q = tokens(seed, B=1, T=T)[0][0]
         for layer in range(L):
-            low = 0.15 + 0.1 * seed
+            low = 0.25 + 0.1 * seed
             fractions = [low] * levels + [0.5 + 0.1 * seed] * bool(key_bits)
             log_T = cutting(tree, layer, q, fractions)
             mask, gap = oracle.selected_mask(tree, layer, q, log_T)
