@@ -141,9 +141,10 @@ def test_the_index_by_hand():
     assert made.memory.window == 2 * 24 * 4 * 2
     assert made.memory.centroids == 50 * (4 + 2 + 2) + 4 * 4  # codes of 4 bits (dimensions by eights), step, spread
     assert made.memory.key_codes == 1000 * (2 + 2)
-    # The grid's points; thresholds of clusters and keys, of a token and of a window; a and b of two query heads.
+    # The grid's points, what each misses, thresholds of clusters and keys, of a token and of a window; a and b of
+    # two query heads.
     table = 1001 + 90
-    assert made.memory.index == 4 * 1000 + 3 * 4 * 50 + 4 * (1 + 4) * table + 2 * 2 * 4 + 32
+    assert made.memory.index == 4 * 1000 + 3 * 4 * 50 + 4 * (1 + 1 + 4) * table + 2 * 2 * 4 + 32
     assert made.squeezed.centroids == (50 * (4 + 2 + 2 + 2 * 4) + 4 * 4,)  # once for all users
     assert made.squeezed.key_codes == pytest.approx(0.3 * 1000 * 4 * 2, abs=1)  # candidates, of each user
     assert made.squeezed.keys_values == pytest.approx(0.1 * 2 * 1000 * 4 * 2 * 2, abs=1)
