@@ -171,6 +171,7 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
         sparsities=f32(len(GRID) + steps),
         thresholds=table,
         block_thresholds=table if ours else None,
+        missed_masses=f32(len(GRID)) if ours else None,
         denominators=f32(model.num_layers, model.num_kv_heads, group, 2) if ours else None,
         context_hash=jax.ShapeDtypeStruct((32,), jnp.uint8),
     )
@@ -206,7 +207,9 @@ def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
     L = tree.num_layers
     x = jax.ShapeDtypeStruct((1, tree.context_length, params.config.model_dim), params.embedding.dtype)
     place = None if mesh is None else NamedSharding(mesh, spec(mesh, "BTE", x.shape))
-    later = dict.fromkeys(("sparsities", "thresholds", "block_thresholds", "denominators", "context_hash"))
+    later = dict.fromkeys(
+        ("sparsities", "thresholds", "block_thresholds", "missed_masses", "denominators", "context_hash")
+    )
     sizes = bytes_by_name(dataclasses.replace(tree, **later), mesh)
     own = sum(sizes[name] for name in ("keys", "values", "window_keys", "window_values")) // L
     whole = sum(sizes.values())

@@ -379,20 +379,21 @@ def spread_rows(tree, seed=0):
     L, K, C = starts.shape
     S = tree.keys.shape[2]
     room = S + 3 * C + 2
-    keys, values = (np.full((L, K, room, tree.keys.shape[3]), 1e3, np.float32) for _ in range(2))
-    order, moved = np.full((L, K, room), -1, np.int32), np.zeros_like(starts)
+    old_arrays = {name: np.asarray(x) for name, x in tree.row_arrays().items()}
+    garbage = lambda x: 1 if x.dtype == np.uint8 else 1e3
+    arrays = {name: np.full((L, K, room, *x.shape[3:]), garbage(x), x.dtype) for name, x in old_arrays.items()}
+    arrays["order"] = np.full((L, K, room), -1, np.int32)
+    moved = np.zeros_like(starts)
     for at in np.ndindex(L, K):
         row = 2
         for c in rng.permutation(C):
             n, old = counts[at][c], starts[at][c]
-            keys[at][row : row + n] = tree.keys[at][old : old + n]
-            values[at][row : row + n] = tree.values[at][old : old + n]
-            order[at][row : row + n] = tree.order[at][old : old + n]
+            for name, x in old_arrays.items():
+                arrays[name][at][row : row + n] = x[at][old : old + n]
             moved[at][c] = row
             row += n + rng.integers(0, 4)
     level = dataclasses.replace(fine, starts=jnp.asarray(moved))
-    arrays = {"keys": jnp.asarray(keys, tree.keys.dtype), "values": jnp.asarray(values, tree.values.dtype)}
-    return dataclasses.replace(tree, **arrays, order=jnp.asarray(order), levels=(*tree.levels[:-1], level))
+    return dataclasses.replace(tree, **jax.tree.map(jnp.asarray, arrays), levels=(*tree.levels[:-1], level))
 
 
 def user_tokens(case, seed=0, *, B=2, T=3, room=7, G=2, scale=1.0, dtype=None):

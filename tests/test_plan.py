@@ -131,6 +131,42 @@ def test_clustering_takes_about_what_is_planned():
     assert program.memory_analysis().temp_size_in_bytes == pytest.approx(made.build_peak - made.build_floor, rel=0.3)
 
 
+def test_the_index_by_hand():
+    """The default index: one layer, one head, 1,000 clustered keys of dimension 4, 50 clusters in 4 bits."""
+    sizes = {"vocab_size": 10, "model_dim": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    abstract = jax.eval_shape(lambda: Llama(LlamaConfig(**sizes, head_dim=4), key=jax.random.key(0), dtype="bfloat16"))
+    config = squeezejax.SqueezeConfig(observation_window=20)
+    made = plan(abstract, 1024, config, users=2, room=30, sparsity=0.9)
+    assert made.clusters == (50,)
+    assert made.memory.window == 2 * 24 * 4 * 2
+    assert made.memory.centroids == 50 * (4 + 2 + 2) + 4 * 4  # codes of 4 bits (dimensions by eights), step, spread
+    assert made.memory.key_codes == 1000 * (2 + 2)
+    # The grid's points, what each misses, thresholds of clusters and keys, of a token and of a window; a and b of
+    # two query heads.
+    table = 1001 + 90
+    assert made.memory.index == 4 * 1000 + 3 * 4 * 50 + 4 * (1 + 1 + 4) * table + 2 * 2 * 4 + 32
+    assert made.squeezed.centroids == (50 * (4 + 2 + 2 + 2 * 4) + 4 * 4,)  # once for all users
+    assert made.squeezed.key_codes == pytest.approx(0.3 * 1000 * 4 * 2, abs=1)  # candidates, of each user
+    assert made.squeezed.keys_values == pytest.approx(0.1 * 2 * 1000 * 4 * 2 * 2, abs=1)
+    assert made.dense.key_codes == 0
+    whole = plan(abstract, 1024, dataclasses.replace(config, key_bits=0), sparsity=0.9)
+    assert (whole.memory.key_codes, whole.squeezed.key_codes) == (0, 0)
+    assert whole.squeezed.keys_values == pytest.approx(0.1 * 2 * 1000 * 4 * 2, abs=1)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_tree_of_the_index_is_what_is_planned(levels, params):
+    fractions = ((0.2,), (0.05, 0.2))[levels - 1]
+    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=10, cluster_segment=None)
+    tree = squeezejax.squeeze(params, np.arange(TOKENS) % 64, config)
+    made = plan(params, TOKENS, config).memory
+    assert made.tree == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    assert jax.tree.map(np.shape, tree_shapes(params, TOKENS, config)) == jax.tree.map(np.shape, tree)
+    divided = tree_shapes(params, TOKENS, config, parts=3)
+    assert divided.keys.shape[2] == divided.key_codes.shape[2] >= tree.keys.shape[2]
+    assert divided.levels[0].offset.shape == tree.levels[0].offset.shape
+
+
 # ---- The command
 
 
@@ -146,7 +182,7 @@ def test_command(capsys):
     assert re.search(r"161 × hidden states.* 5\.259 MB in all", out)  # 2 · 80 of 8,192 float32, one of bfloat16
     assert max(map(len, out.splitlines())) < 100
     assert cli.main([*line.split(), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]["window"] == 80 * 100 * 128 * 2 * 2
+    assert json.loads(capsys.readouterr().out)["memory"]["window"] == 80 * 104 * 128 * 2 * 2  # 4 sinks
     small = line.replace("--device-memory 141", "--device-memory 40")
     assert cli.main(small.split()) == 1
     assert re.search(r"too little; about \d{3},\d{3} tokens would fit", capsys.readouterr().out)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 import types
+from pathlib import Path
 
 import chex
 import jax
@@ -148,6 +149,114 @@ def test_round_trip_of_squeezed_context(tmp_path):
     assert_same(load(tmp_path / "a"), tree)
 
 
+def make_coded_tree(index_bits=4, key_bits=2, score="variance", H=5, parts=1):
+    """A calibrated tree of the default index, two levels, in few bits, with padding rows and value centroids."""
+    config = SqueezeConfig(
+        cluster_fractions=(0.1, 0.3),
+        sinks=2,
+        observation_window=3,
+        index_bits=index_bits,
+        key_bits=key_bits,
+        score=score,
+        query_block=2,
+    )
+    keys, values = jax.random.normal(jax.random.key(0), (2, 2, 2, 26, H)).astype(jnp.bfloat16)
+    sizes = (*config.num_clusters(21), 21)
+    labels = (np.arange(below) * 7 % above for above, below in itertools.pairwise(sizes))
+    labels = tuple(np.broadcast_to(entry, (2, 2, len(entry))) for entry in labels)
+    tree = squeezejax.build_tree(keys, values, config, labels=labels)
+    tree = squeezejax.calibrate(tree, jax.random.normal(jax.random.key(1), (2, 4, 3, H)))
+    tree = squeezejax.add_value_centroids(tree)
+    return squeezejax.split_context(tree, parts)
+
+
+@pytest.mark.parametrize(
+    ("index_bits", "key_bits", "score", "parts"),
+    [(32, 0, "variance", 1), (16, 1, "variance", 1), (8, 4, "variance", 2), (4, 2, "variance", 3), (4, 0, "mean", 1)],
+)
+def test_round_trip_of_codes(tmp_path, index_bits, key_bits, score, parts):
+    tree = make_coded_tree(index_bits, key_bits, score, parts=parts)
+    save(tmp_path / "a", tree)
+    loaded = load(tmp_path / "a")
+    assert_same(loaded, tree)
+    assert loaded.config == tree.config
+    names = set(read_header(tmp_path / "a").tensors)
+    assert ("levels.0.centroids" in names) == (index_bits >= 16)
+    assert ("levels.1.codes" in names) == ("levels.1.offset" in names) == (index_bits < 16)
+    assert ("key_codes" in names) == ("key_steps" in names) == (key_bits > 0)
+    assert ("denominators" in names) == ("block_thresholds" in names) == (score == "variance")
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("coded") / "a.tree"
+    tree = make_coded_tree()
+    save(path, tree)
+    return tree, path.read_bytes()
+
+
+def test_every_byte_of_codes_is_checked(tmp_path, coded):
+    """A bit flipped in any tensor is noticed."""
+    _, data = coded
+    (tmp_path / "a").write_bytes(data)
+    start = head_of(data)
+    for name, tensor in read_header(tmp_path / "a").tensors.items():
+        flipped = bytearray(data)
+        flipped[start + tensor.start + tensor.nbytes // 2] ^= 4
+        (tmp_path / "a").write_bytes(flipped)
+        assert "is altered" in refusal(tmp_path / "a"), name
+
+
+def test_trees_whose_arrays_do_not_fit_are_not_saved(tmp_path, coded):
+    tree, _ = coded
+    coarse, fine = tree.levels
+    level = lambda **changes: {"levels": (coarse, dataclasses.replace(fine, **changes))}
+    for changes, message in (
+        ({"key_codes": None}, "key_codes"),
+        ({"key_codes": tree.key_codes[..., :1]}, "key_codes"),
+        ({"key_steps": tree.key_steps[..., 1:]}, "key_steps"),
+        ({"key_steps": tree.key_steps.astype(jnp.float32)}, "key_steps"),
+        ({"denominators": None}, "denominators"),
+        ({"denominators": tree.denominators * jnp.nan}, "denominators"),
+        ({"block_thresholds": tree.block_thresholds[:, 1:]}, "block_thresholds"),
+        (level(codes=None), r"levels\.1\.codes"),
+        (level(spreads=None), r"levels\.1\.spreads"),
+        (level(offset=fine.offset[:, :, 1:]), r"levels\.1\.offset"),
+        (level(steps=fine.steps[..., None]), r"levels\.1\.steps"),
+        ({"config": dataclasses.replace(tree.config, index_bits=8)}, "codes"),
+        ({"config": dataclasses.replace(tree.config, key_bits=0)}, "key_codes"),
+        ({"config": dataclasses.replace(tree.config, sinks=9)}, "sinks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path / "b", dataclasses.replace(tree, **changes))
+        assert not (tmp_path / "b").exists()
+
+
+def test_files_of_version_1_read_as_the_papers(tmp_path):
+    """A file that the first release wrote, and what it selected and attended then."""
+    path = Path(__file__).parent / "data" / "version1.tree"
+    tree, then = load(path), np.load(path.with_suffix(".npz"))
+    assert read_header(path).version == 1
+    assert tree.config == SqueezeConfig.paper(
+        cluster_fractions=(0.1, 0.3), observation_window=3, sparsity=0.7, coarse_margin=2.0, query_block=2
+    )
+    assert (tree.fingerprint, tree.num_keys, tree.context_length) == ("0123abcd", 40, 43)
+    assert np.asarray(tree.context_hash).tobytes() == HASH.tobytes()
+    np.testing.assert_array_equal(tree.keys, then["keys"])
+    log_T = squeezejax.log_thresholds(tree, 0.6)
+    np.testing.assert_allclose(log_T, then["log_T"], rtol=1e-6)
+    mask = squeezejax.select(tree, then["q"][0, :2], layer=1, log_thresholds=log_T).key_mask(tree)
+    np.testing.assert_array_equal(mask, then["mask"])
+    q, k, v = (then[name] for name in "qkv")
+    out, lse = squeezejax.attend(tree, q, k, v, layer=1, sparsity=0.6, implementation="xla")
+    np.testing.assert_allclose(out, then["out"], atol=1e-6)
+    np.testing.assert_allclose(lse, then["lse"], atol=1e-6)
+    # Written again, it is of the version of today.
+    save(tmp_path / "again", tree, read_header(path).notes)
+    assert read_header(tmp_path / "again").version == 2
+    assert_same(load(tmp_path / "again"), tree)
+
+
 def test_readable_by_safetensors(tmp_path, tree):
     save(tmp_path / "a.safetensors", tree)
     tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
@@ -160,7 +269,7 @@ def test_readable_by_safetensors(tmp_path, tree):
     assert set(tensors) == rows | level
     save(tmp_path / "a.safetensors", make_tree(jnp.bfloat16, calibrated=False))
     with safe_open(tmp_path / "a.safetensors", "numpy") as file:
-        assert file.metadata()["version"] == "1"
+        assert file.metadata()["version"] == "2"
         assert file.get_slice("keys").get_dtype() == "BF16"
         assert not {"thresholds", "sparsities"} & set(file.keys())
 
@@ -171,7 +280,7 @@ def test_header(tmp_path, tree):
     save(tmp_path / "a", dataclasses.replace(tree, config=config), notes)
     header = read_header(tmp_path / "a")
     assert header.notes == notes
-    assert (header.version, header.config, header.num_keys) == (1, config, 20)
+    assert (header.version, header.config, header.num_keys) == (2, config, 20)
     assert (header.fingerprint, header.context_hash) == ("0123abcd", HASH.tobytes().hex())
     assert header.tensors["keys"].shape == (2, 2, 20, 4)
     assert header.tensors["keys"].dtype == np.float32
@@ -451,7 +560,7 @@ def test_rewritten_by_another_program(tmp_path, saved):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     safetensors.numpy.save_file(tensors, tmp_path / "b", metadata=metadata)
     assert "is altered" in refusal(tmp_path / "b")
-    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={**metadata, "version": "2"})
+    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={**metadata, "version": "3"})
     assert "upgrade squeezejax" in refusal(tmp_path / "b")
 
 
@@ -461,7 +570,7 @@ def test_newer_version(tmp_path, saved):
     sentence = refusal(tmp_path / "a")
     assert "is of version 12" in sentence
     assert sentence.endswith("upgrade squeezejax")
-    (tmp_path / "a").write_bytes(saved.replace(b'"version":"1"', b'"version":"2"'))
+    (tmp_path / "a").write_bytes(saved.replace(b'"version":"2"', b'"version":"3"'))
     assert "upgrade squeezejax (or it is altered" in refusal(tmp_path / "a")
 
 

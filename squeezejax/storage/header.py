@@ -267,4 +267,5 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
     require(keys in (np.float32, jnp.bfloat16, np.float16), f"tensor keys has dtype {keys}")
     require(all(n > 0 for axis, n in sizes.items() if axis not in ("W", "k")), "an axis has no entries")
     require(num_keys <= sizes["R"] < 2**31, f"it has {sizes['R']} rows for {num_keys} keys")
+    require(config.sinks <= sizes["W"], f"it has {sizes['W']} tokens that are always read for {config.sinks} sinks")
     require(sizes.get("P", 2) >= 2, "its table of thresholds has only one entry")
