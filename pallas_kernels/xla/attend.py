@@ -97,11 +97,11 @@ def kept_runs(kept, starts, counts) -> Runs:
     lengths = jnp.where(kept, counts, 0)
     live = lengths > 0
     slot = jnp.where(live, jnp.cumsum(live) - 1, C)
-    offsets = jnp.cumsum(lengths) - lengths
+    offsets = jnp.cumsum(lengths, dtype=jnp.int32) - lengths
     return Runs(
         starts=jnp.zeros(C, jnp.int32).at[slot].set(starts, mode="drop"),
-        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max).at[slot].set(offsets, mode="drop"),
-        num_rows=jnp.sum(lengths),
+        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max, jnp.int32).at[slot].set(offsets, mode="drop"),
+        num_rows=jnp.sum(lengths, dtype=jnp.int32),
     )
 
 
