@@ -166,6 +166,9 @@ def _list_files(folder: Path) -> dict[str, Path]:
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
         raise ValueError(f"{index} is damaged, its weight_map must map tensor names to files")
+    outside = sorted(file for file in set(shards.values()) if file in ("", "..") or file != Path(file).name)
+    if outside:
+        raise ValueError(f"{index} names files outside its folder ({_some(outside)}): only names of files are allowed")
     absent = sorted(file for file in set(shards.values()) if not (folder / file).is_file())
     if absent:
         raise FileNotFoundError(f"{folder} lacks {_some(absent)}, which {index.name} names")

@@ -66,6 +66,8 @@ class LlamaConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if not 0 <= self.norm_eps < float("inf"):  # so written, NaN fails too
+            raise ValueError(f"norm_eps (rms_norm_eps) must be at least 0, got {self.norm_eps}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
 
@@ -143,6 +145,8 @@ def parse_stop_tokens(raw: dict) -> tuple[int, ...]:
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise ValueError(f"eos_token_id must be an integer or a list of integers, got {raw['eos_token_id']!r}")
+    if not all(abs(token) < 2**31 for token in ids):
+        raise ValueError("eos_token_id must be below 2³¹, as all token ids")
     return tuple(ids)
 
 

@@ -70,8 +70,10 @@ class SqueezeConfig:
             value, optional = getattr(self, name), name in ("query_block", "cluster_granule", "cluster_segment")
             if value is None and optional:
                 continue
-            if not isinstance(value, numbers.Integral):
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value >= 2**31:
+                raise ValueError(f"{name} must be below 2³¹")
             if value < smallest:
                 raise ValueError(f"{name} must be at least {smallest}{' or None' if optional else ''}, got {value}")
         if not fractions or not all(0 < f <= 1 for f in fractions):
@@ -87,6 +89,11 @@ class SqueezeConfig:
             raise ValueError("codes of keys need score='variance': give key_bits=0 with score='mean'")
         if not 0 <= self.coarse_loss < 1:
             raise ValueError(f"coarse_loss must be at least 0 and below 1, got {self.coarse_loss}")
+        for name in ("sparsity", "coarse_margin", "kmeans_tolerance", "cluster_cap"):
+            value = getattr(self, name)
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not real and not (value is None and name == "cluster_cap"):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if math.isnan(self.sparsity):
             raise ValueError("sparsity must be a number, got NaN")
         if not 1 <= self.coarse_margin < math.inf:

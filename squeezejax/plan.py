@@ -20,11 +20,13 @@ from squeezejax.offline.build import build_layer, check_context_length, clusteri
 from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
 from squeezejax.online.generate import empty_state
-from squeezejax.tree import Tree
+from squeezejax.tree import Level, Tree
 
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
 # unit rows, rows by cluster, their sums, …, as compiled on a CPU.
 CLUSTERING_COPIES = {4: 5, 2: 8}
+# Score "variance": a level leaves about so many times the keys that are kept in the end, which the next one looks at.
+CANDIDATES = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Memory:
 
     weights: int
     keys_values: int
-    centroids: int
+    centroids: int  # or their codes, and spreads
+    key_codes: int  # codes of single keys
     index: int  # where clusters and rows lie, thresholds
-    window: int
+    window: int  # and sinks
     state: int  # users' own keys and values, logits
     temporaries: int  # of a decode step, estimated: copies of one layer's weights and cache, which XLA makes on a CPU
     build_floor: int  # certainly alive at once during `squeeze`, weights included
@@ -44,7 +47,7 @@ class Memory:
     @property
     def tree(self) -> int:
         """A saved tree's size in memory."""
-        return self.keys_values + self.centroids + self.index + self.window
+        return self.keys_values + self.centroids + self.key_codes + self.index + self.window
 
     @property
     def answering(self) -> int:
@@ -58,14 +61,16 @@ class Reads:
 
     weights: int
     centroids: tuple[int, ...]  # by level, coarse → fine, with what says where their clusters lie
+    key_codes: int  # of single keys, those of candidates
     keys_values: int  # of the fixed context
-    window: int
+    window: int  # and sinks
     own: int  # users' own keys and values
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + sum(self.centroids) + self.keys_values + self.window + self.own
+        index = sum(self.centroids) + self.key_codes
+        return self.weights + index + self.keys_values + self.window + self.own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,19 +147,31 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
     layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering_of(config)), rows, rows)
     stacked = lambda shape, dtype: jax.ShapeDtypeStruct((model.num_layers, *shape), dtype)
     divided = lambda leaf: stacked((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
+    whole = lambda leaf: stacked(leaf.shape, leaf.dtype)
+
+    def divided_level(level: Level) -> Level:
+        offset = None if level.offset is None else whole(level.offset)  # of a head, not of a cluster
+        return dataclasses.replace(jax.tree.map(divided, dataclasses.replace(level, offset=None)), offset=offset)
+
     tree = dataclasses.replace(
-        jax.tree.map(lambda leaf: stacked(leaf.shape, leaf.dtype), layer),
-        **{name: divided(getattr(layer, name)) for name in ("keys", "values", "order")},
-        levels=jax.tree.map(divided, layer.levels),
+        jax.tree.map(whole, layer),
+        **jax.tree.map(divided, layer.row_arrays()),
+        levels=tuple(map(divided_level, layer.levels)),
         parts=parts,
     )
     clusters = math.prod(tree.levels[-1].counts.shape)
-    # A flat table of thresholds holds its steps beside the grid; see `calibrate`.
-    columns = len(GRID) + (2 * min(clusters, MOST_EXACT_CLUSTERS) if config.num_levels == 1 else 0)
+    ours = config.score == "variance"
+    # The paper's flat table of thresholds holds its steps beside the grid; see `levelwise.table`.
+    steps = 2 * min(clusters, MOST_EXACT_CLUSTERS) if config.num_levels == 1 and not ours else 0
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    table = f32(config.num_thresholds, len(GRID) + steps)
+    group = model.num_heads // model.num_kv_heads
     return dataclasses.replace(
         tree,
-        sparsities=jax.ShapeDtypeStruct((columns,), jnp.float32),
-        thresholds=jax.ShapeDtypeStruct((config.num_levels, columns), jnp.float32),
+        sparsities=f32(len(GRID) + steps),
+        thresholds=table,
+        block_thresholds=table if ours else None,
+        denominators=f32(model.num_layers, model.num_kv_heads, group, 2) if ours else None,
         context_hash=jax.ShapeDtypeStruct((32,), jnp.uint8),
     )
 
@@ -164,7 +181,9 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
     weights, state_bytes = bytes_per_device(params, mesh), bytes_per_device(state, mesh)
     keys_values = sizes["keys"] + sizes["values"]
     window = sizes["window_keys"] + sizes["window_values"]
-    centroids = sum(size for name, size in sizes.items() if name.endswith("centroids"))
+    of_means = ("centroids", "codes", "steps", "offset", "spreads")
+    centroids = sum(size for name, size in sizes.items() if name.startswith("levels.") and name.endswith(of_means))
+    key_codes = sizes.get("key_codes", 0) + sizes.get("key_steps", 0)
     floor = sum(build_needs(params, tree, mesh).values())
     itemsize = tree.keys.dtype.itemsize
     clustering = CLUSTERING_COPIES[itemsize] * 4 * keys_values // (2 * tree.num_layers * itemsize)
@@ -172,7 +191,8 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
         weights=weights,
         keys_values=keys_values,
         centroids=centroids,
-        index=sum(sizes.values()) - keys_values - window - centroids,
+        key_codes=key_codes,
+        index=sum(sizes.values()) - keys_values - window - centroids - key_codes,
         window=window,
         state=state_bytes,
         temporaries=(weights + state_bytes) // tree.num_layers,
@@ -186,8 +206,9 @@ def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
     L = tree.num_layers
     x = jax.ShapeDtypeStruct((1, tree.context_length, params.config.model_dim), params.embedding.dtype)
     place = None if mesh is None else NamedSharding(mesh, spec(mesh, "BTE", x.shape))
-    sizes = bytes_by_name(dataclasses.replace(tree, sparsities=None, thresholds=None, context_hash=None), mesh)
-    own = sum(size for name, size in sizes.items() if "keys" in name or "values" in name) // L
+    later = dict.fromkeys(("sparsities", "thresholds", "block_thresholds", "denominators", "context_hash"))
+    sizes = bytes_by_name(dataclasses.replace(tree, **later), mesh)
+    own = sum(sizes[name] for name in ("keys", "values", "window_keys", "window_values")) // L
     whole = sum(sizes.values())
     return {
         "weights": bytes_per_device(params, mesh),
@@ -216,17 +237,20 @@ def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
     if not params.config.tie_embeddings:
         weights.pop("embedding")  # of which a row a user is read
     users = state.lengths.shape[0] // size_of(mesh, "data")
-    kept, centroids = 1.0, []
+    ours, looked_at, centroids = tree.config.score == "variance", 1.0, []
+    candidates = min(1.0, CANDIDATES * (1 - sparsity))
     for i in range(len(tree.levels)):
         # Below the coarsest level only children of kept clusters are scored, by every user those of its own.
         level = sum(size for name, size in sizes.items() if name.startswith(f"levels.{i}.") and "parents" not in name)
-        centroids.append(math.ceil(level * (kept * users if i else 1)))
-        kept = 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
+        centroids.append(math.ceil(level * (looked_at * users if i else 1)))
+        looked_at = candidates if ours else 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
+    key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * users
     keys_values = sizes["keys"] + sizes["values"]
     return Reads(
         weights=sum(weights.values()),
         centroids=tuple(centroids) if sparsity > 0 else (),
-        keys_values=math.ceil(keys_values * kept * users) if sparsity > 0 else keys_values,
+        key_codes=math.ceil(key_codes) if sparsity > 0 else 0,
+        keys_values=math.ceil(keys_values * (1 - sparsity) * users) if sparsity > 0 else keys_values,
         window=sizes["window_keys"] + sizes["window_values"],
         own=own["keys"] + own["values"],
     )

@@ -70,6 +70,8 @@ class Tree:
     thresholds: jax.Array | None = None  # f32[levels P], log T of one query token; None = not calibrated
     # The same for the mean over W query tokens, which select together in blocks; None: the thresholds above serve.
     block_thresholds: jax.Array | None = None  # f32[levels P]
+    # Share of the window's attention that goes to keys not kept, f32[P] at `sparsities`; None = not measured.
+    missed_masses: jax.Array | None = None
     context_hash: jax.Array | None = None  # u8[32], SHA-256 of the context's token ids (with every part that was
     # appended: of the hash so far and the part's); a leaf, so that another document compiles nothing again
     parts: int = _static(default=1)  # of equal size, along rows and clusters; a cluster lies in one with its children
@@ -98,6 +100,7 @@ class Tree:
         "sparsities": "P",
         "thresholds": "nP",
         "block_thresholds": "nP",
+        "missed_masses": "P",
         "context_hash": "h",
     }
 

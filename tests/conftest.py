@@ -17,6 +17,14 @@ def selecting_pays(monkeypatch):
         monkeypatch.setattr(fallback, cost, 0.0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state_of_the_user(tmp_path_factory):
+    """Where the command line keeps its key: not in the folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
     """Forgets compiled programs after each file: each takes some 50 memory maps, and the kernel allows 65,530."""

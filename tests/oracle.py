@@ -122,6 +122,148 @@ def attend(case, layer, q, k, v, start, masks):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The common scale (docs/method.md, The index), for one layer and one key/value head unless an axis says otherwise
+# ---------------------------------------------------------------------------------------------------------------------
+def rotation(H):
+    """The matrix [H H] by which rows are turned before they are rounded."""
+    signs = np.where(np.random.default_rng(0).integers(0, 2, H), 1.0, -1.0)
+    size = next(2**i for i in range(10, -1, -1) if H % 2**i == 0)
+    stride = H // size
+    turn = np.zeros((H, H))
+    for i, j in np.ndindex(size, size):
+        for x in range(stride):
+            turn[i * stride + x, j * stride + x] = (-1) ** bin(i & j).count("1") / np.sqrt(size)
+    return turn * signs
+
+
+def unpack(packed, bits, H):
+    """Codes 0 … 2^bits − 1, i[… H], of bytes u8[… bits·⌈H/8⌉]: dimension d in byte d mod their number."""
+    packed = np.asarray(packed).astype(int)
+    n = packed.shape[-1]
+    return np.stack([packed[..., d % n] >> (bits * (d // n)) & (2**bits - 1) for d in range(H)], axis=-1)
+
+
+def decode(packed, steps, bits, H):
+    """Rounded rows [… H], still turned."""
+    return (unpack(packed, bits, H) - (2**bits - 1) / 2) * np.asarray(steps).astype(np.float64)[..., None]
+
+
+def rounded_centroids(tree, depth, layer, head):
+    """The numbers [C H] of a level's clusters, as they are stored."""
+    level, bits, H = tree.levels[depth], tree.config.index_bits, tree.keys.shape[3]
+    if bits >= 16:
+        return np.asarray(level.centroids[layer, head]).astype(np.float64)
+    rows = decode(level.codes[layer, head], level.steps[layer, head], bits, H)
+    return (rows + np.asarray(level.offset[layer, head], np.float64)) @ rotation(H)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonScale:
+    """What one selection of the rule "variance" computes, for one head."""
+
+    tree: squeezejax.Tree
+    layer: int
+    head: int
+
+    def rows_of(self, depth):
+        """The rows of every cluster of a level; dead ones have none."""
+        level = self.tree.levels[depth]
+        starts, counts = (np.asarray(x[self.layer, self.head]) for x in (level.starts, level.counts))
+        return [range(first, first + n) for first, n in zip(starts, counts, strict=True)]
+
+    def cluster_scores(self, depth, q):
+        """(s [C M], q·c/√H [C M]) of q [M H]."""
+        centroids = rounded_centroids(self.tree, depth, self.layer, self.head)
+        dots = centroids @ q.T / np.sqrt(q.shape[1])
+        spread = np.asarray(self.tree.levels[depth].spreads[self.layer, self.head]).astype(np.float64)
+        return dots + spread[:, None] * np.sum(q**2, axis=1)[None] / (2 * q.shape[1]), dots
+
+    def plain_denominator(self, q):
+        """log of the denominator [M] from coarsest clusters and sinks, not corrected."""
+        scores, _ = self.cluster_scores(0, q)
+        sizes = np.array([len(rows) for rows in self.rows_of(0)], LONG)
+        sinks = np.asarray(self.tree.window_keys[self.layer, self.head, : self.tree.config.sinks]).astype(np.float64)
+        total = (sizes[:, None] * np.exp(scores.astype(LONG))).sum(axis=0)
+        return np.log(total + np.exp((sinks @ q.T / np.sqrt(q.shape[1])).astype(LONG)).sum(axis=0))
+
+    def denominator(self, q, group):
+        """The same, corrected as calibration found; rows of q are tokens of `group` query heads each."""
+        lse = self.plain_denominator(q)
+        if self.tree.denominators is None:
+            return lse
+        a, b = np.asarray(self.tree.denominators[self.layer, self.head], np.float64).T
+        head = np.arange(len(q)) % group
+        return a[head] + b[head] * lse
+
+    def true_denominator(self, q):
+        """log of the denominator [M] over every key and sink."""
+        live = np.asarray(self.tree.order[self.layer, self.head]) >= 0
+        keys = np.asarray(self.tree.keys[self.layer, self.head]).astype(np.float64)[live]
+        sinks = np.asarray(self.tree.window_keys[self.layer, self.head, : self.tree.config.sinks]).astype(np.float64)
+        scores = np.concatenate([keys, sinks]) @ q.T / np.sqrt(q.shape[1])
+        return np.log(np.exp(scores.astype(LONG)).sum(axis=0))
+
+    def key_scores(self, q):
+        """Scores [R M] of rows by their codes."""
+        H, (_, dots) = q.shape[1], self.cluster_scores(-1, q)
+        packed, steps = (x[self.layer, self.head] for x in (self.tree.key_codes, self.tree.key_steps))
+        residual = decode(packed, steps, self.tree.config.key_bits, H) @ rotation(H)
+        scores = np.full((len(residual), len(q)), -np.inf)
+        for c, rows in enumerate(self.rows_of(len(self.tree.levels) - 1)):
+            for row in rows:
+                scores[row] = dots[c] + residual[row] @ q.T / np.sqrt(H)
+        return scores
+
+    def log_A(self, q, group):
+        """log A of every level's clusters, coarse → fine, and then of rows, if they have codes."""
+        lse = self.denominator(q, group)
+        mean = lambda scores: np.log(np.mean(np.exp(scores.astype(LONG) - lse), axis=1))
+        with np.errstate(divide="ignore"):
+            found = [mean(self.cluster_scores(depth, q)[0]) for depth in range(len(self.tree.levels))]
+            return [*found, mean(self.key_scores(q))] if self.tree.config.key_bits else found
+
+    def select(self, q, group, log_T):
+        """(rows kept bool[R], clusters given up by level, keys given up, smallest distance from a threshold)."""
+        log_A = self.log_A(q, group)
+        R = self.tree.keys.shape[2]
+        alive, gap, given_up, above = np.zeros(R, bool), np.inf, [], None
+        for depth, level in enumerate(self.tree.levels):
+            parents = np.asarray(level.parents[self.layer, self.head])
+            kept = np.zeros(len(parents), bool)
+            lost = []
+            for c, rows in enumerate(self.rows_of(depth)):
+                if not len(rows) or (above is not None and not above[parents[c]]):
+                    continue
+                kept[c] = log_A[depth][c] > log_T[depth]
+                gap = min(gap, abs(log_A[depth][c] - log_T[depth]))
+                if not kept[c]:
+                    lost.append(c)
+            given_up.append(lost)
+            above = kept
+        for c in np.flatnonzero(above):
+            alive[list(self.rows_of(len(self.tree.levels) - 1)[c])] = True
+        dropped = np.zeros(R, bool)
+        if self.tree.config.key_bits:
+            gap = min(gap, np.abs(log_A[-1][alive] - log_T[-1]).min(initial=np.inf))
+            dropped = alive & ~(log_A[-1] > log_T[-1])
+            alive = alive & ~dropped
+        return alive, given_up, dropped, float(gap)
+
+
+def selected_mask(tree, layer, q, log_T):
+    """(bool[K S] that q [T N H] keeps by the common scale, the smallest distance of a score from its threshold)."""
+    K, S = tree.num_kv_heads, tree.num_keys
+    masks, smallest = np.zeros((K, S), bool), np.inf
+    group = q.shape[1] // K
+    for head in range(K):
+        rows = np.asarray(q[:, head * group : (head + 1) * group], np.float64).reshape(-1, q.shape[-1])
+        kept, _, _, gap = CommonScale(tree, layer, head).select(rows, group, log_T)
+        masks[head][np.asarray(tree.order[layer, head])[kept]] = True
+        smallest = min(smallest, gap)
+    return masks, smallest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Cases
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +367,7 @@ def make_case(
         entry[0, 0, 0] = C - 1  # or else the coarsest level would have fewer clusters
         labels.append(entry)
     fractions = tuple((i + 1) / (len(clusters) + 1) for i in range(len(clusters)))  # only their number matters
-    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W, **config)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=fractions, observation_window=W, **config)
     return Case(keys, values, tuple(labels), queries, config, dtype)
 
 

@@ -17,7 +17,7 @@ from squeezejax import SqueezeConfig, append, build_tree, calibrate, squeeze
 
 W = 6
 # One step of K-means: what it finds is not tested here, and compiles sooner.
-FLAT = SqueezeConfig(cluster_fractions=(0.2,), observation_window=W, kmeans_iterations=1)
+FLAT = SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=W, kmeans_iterations=1)
 DEEP = dataclasses.replace(FLAT, cluster_fractions=(0.07, 0.2))
 KEY = jax.random.key(3)
 # 60 keys are clustered each time, so that one program of K-means serves all.

@@ -52,7 +52,7 @@ def test_flat_threshold_is_the_exact_quantile_with_very_many_clusters():
     keys = 3 * rng.normal(size=(1, 1, C, 2)).astype(np.float32)
     labels = (np.arange(C)[None, None],)
     queries = rng.normal(size=(1, 1, 3, 2)).astype(np.float32)
-    config = SqueezeConfig(cluster_fractions=(1.0,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(1.0,), observation_window=0)
     tree = calibrate(build_tree(keys, keys, config, labels=labels), queries)
     for p in ON_GRID + OFF_GRID:
         assert_thresholds(tree, p, oracle.thresholds(keys, labels, queries, np.float32(p), 4.0))
@@ -61,7 +61,7 @@ def test_flat_threshold_is_the_exact_quantile_with_very_many_clusters():
 def test_by_hand():
     """Two clusters of 3 and 1 keys, one query: A = 1/(3 + e), e/(3 + e); the 0.75-quantile lies 1/4 between them."""
     keys = np.array([0.0, 0.0, 0.0, 1.0], np.float32).reshape(1, 1, 4, 1)
-    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=0)
     tree = build_tree(keys, keys, config, labels=(np.array([[[0, 0, 0, 1]]]),))
     tree = calibrate(tree, np.ones((1, 1, 1, 1), np.float32))
     low, high = 1 / (3 + np.e), np.e / (3 + np.e)
@@ -93,7 +93,7 @@ def test_hierarchy_with_extreme_logits(scale):
 
 def test_sets_of_thresholds_scored_a_few_at_a_time(monkeypatch):
     case = oracle.make_case(seed=2, clusters=(3, 6, 12), empty=0.1)
-    monkeypatch.setattr(sys.modules["squeezejax.offline.calibrate"], "SCORES_AT_ONCE", 500)
+    monkeypatch.setattr(sys.modules["squeezejax.offline.levelwise"], "SCORES_AT_ONCE", 500)
     chex.assert_trees_all_equal(calibrate(case.uncalibrated, case.queries).thresholds, case.tree.thresholds)
 
 
@@ -101,7 +101,7 @@ def test_hierarchy_by_hand():
     """log T of the finest level comes from the restricted denominator: the cut half of the keys counts nowhere."""
     keys = np.array([3.0, 2.0, 0.0, 0.0, 0.0, 0.0], np.float32).reshape(1, 1, 6, 1)
     labels = (np.array([[[0, 0, 1]]]), np.array([[[0, 1, 2, 2, 2, 2]]]))
-    config = SqueezeConfig(cluster_fractions=(0.1, 0.5), observation_window=0, coarse_margin=1.5)
+    config = SqueezeConfig.paper(cluster_fractions=(0.1, 0.5), observation_window=0, coarse_margin=1.5)
     tree = calibrate(build_tree(keys, keys, config, labels=labels), np.ones((1, 1, 1, 1), np.float32))
     # Sparsity 0.8: the coarse level keeps 30 % of 6 keys; its quantile, at 0.7 · 5 = 3.5, lies between both clusters.
     coarse = (np.exp([0.0, 2.5]) / (4 + 2 * np.exp(2.5))).mean()
@@ -144,7 +144,7 @@ def test_one_threshold_for_all_heads():
     peaked, even = np.repeat([9.0, 0.0], [1, 9]), np.repeat([0.3, 0.2, 0.1], [4, 3, 3])
     keys = np.stack([peaked, even]).astype(np.float32)[None, :, :, None]
     labels = (np.array([[[0] + 5 * [1] + 4 * [2], [0] * 4 + [1] * 3 + [2] * 3]]),)
-    config = SqueezeConfig(cluster_fractions=(0.3,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(0.3,), observation_window=0)
     tree = calibrate(build_tree(keys, keys, config, labels=labels), np.ones((1, 2, 1, 1), np.float32))
     q = np.ones((1, 2, 1), np.float32)
     kept = select(tree, q, layer=0, log_thresholds=log_thresholds(tree, 0.5)).num_kept(tree)

@@ -311,6 +311,9 @@ def refusals():
     yield "size-negative", {"num_hidden_layers": -1}, "num_layers must be at least 1"
     yield "flag-text", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"
     yield "eos-text", {"eos_token_id": "</s>"}, "eos_token_id must be"
+    yield "eos-huge", {"eos_token_id": 10**30}, "eos_token_id must be below 2³¹"
+    yield "eos-huge-list", {"eos_token_id": [2, -(10**4000)]}, "eos_token_id must be below 2³¹"
+    yield "eps-negative", {"rms_norm_eps": -1}, r"norm_eps \(rms_norm_eps\) must be at least 0, got -1"
     yield "more-layers", {"num_hidden_layers": 4}, "missing tensors: model.layers.3.input_layernorm.weight, .* more"
     yield "many-layers", {"num_hidden_layers": 10**9}, "missing most of the 1000000000 layers"
     yield "fewer-layers", {"num_hidden_layers": 2}, "surplus tensors: model.layers.2"
@@ -394,6 +397,11 @@ class TestRefusals:
         index = tmp_path / "model.safetensors.index.json"
         shards = json.loads(index.read_text())["weight_map"]
         first, *_, last = sorted(set(shards.values()))
+        (tmp_path / "inside").mkdir()
+        for outside in (f"../{tmp_path.name}/{first}", str(tmp_path / first), f"inside/../{first}", "..", ""):
+            edit_json(index, weight_map={**shards, KEY: outside})
+            with pytest.raises(ValueError, match="names files outside its folder"):
+                load(tmp_path)
         for weight_map in (None, [], {}, {KEY: 3}):
             edit_json(index, weight_map=weight_map)
             with pytest.raises(ValueError, match="weight_map must map"):

@@ -1,8 +1,12 @@
 """The command line: arguments, the one line that an error takes, and build → info → ask → chat on a tiny checkpoint."""
 
+import dataclasses
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -19,8 +23,10 @@ from squeezejax import SqueezeConfig, build_tree, models
 from squeezejax.chat import prompts as chat
 from squeezejax.chat import stream
 from squeezejax.chat.prompts import assistant, user
-from squeezejax.command_line import cli, commands, demo, info
+from squeezejax.chat.shown import shown
+from squeezejax.command_line import cli, commands, demo, info, trust
 from squeezejax.explain.text import context_ids
+from squeezejax.online import fallback
 from squeezejax.storage import files as storage
 
 QUESTION = "What is the passcode of Amber Falcon?"
@@ -47,7 +53,7 @@ def _model(vocab_size):
 
 def _build(folder, out, *extra):
     files = f"build --model {folder}/model --context {folder}/text.txt --out {folder}/{out}"
-    return cli.main([*f"{files} --window 8 --cluster-fractions 0.05,0.2 --quiet".split(), *extra])
+    return cli.main([*f"{files} --paper --window 8 --cluster-fractions 0.05,0.2 --quiet".split(), *extra])
 
 
 def _reference(tokenizer, messages, count):
@@ -80,8 +86,8 @@ def test_answers_are_those_of_the_whole_prompt(folder, capsys):
     assert cli.main([*arguments, "--sparsity", "0"]) == 0
     squeezed = capsys.readouterr().out
     expected = [_reference(tokenizer, [user(f"{CONTEXT}\n\n{question}")], 10) for question in questions]
-    shown = [f"> {question}\n{reply.lstrip()}\n" for question, reply in zip(questions, expected, strict=True)]
-    assert squeezed == "\n".join(shown)
+    texts = [f"> {question}\n{shown(reply.lstrip())}\n" for question, reply in zip(questions, expected, strict=True)]
+    assert squeezed == "\n".join(texts)
     assert cli.main([*arguments, "--dense", "--stats"]) == 0
     dense, stats = capsys.readouterr()
     assert dense.split() == squeezed.split()
@@ -94,14 +100,14 @@ def test_chat_sees_earlier_turns(folder, capsys, monkeypatch):
     arguments = ["ask", "--tree", f"{folder}/text.tree", "--chat", "--sparsity", "0", "--max-new-tokens", "10"]
     assert cli.main([*arguments, "--stats", QUESTION]) == 0
     out, err = capsys.readouterr()
-    messages, shown = [user(f"{CONTEXT}\n\n{QUESTION}")], ""
+    messages, text = [user(f"{CONTEXT}\n\n{QUESTION}")], ""
     for question in (QUESTION, "Why 7?", "How many?"):
         if question != QUESTION:
             messages.append(user(question))
         reply = _reference(tokenizer, messages, 10)
-        shown += f"you> {question}\n{reply.lstrip()}\n"
+        text += f"you> {question}\n{shown(reply.lstrip())}\n"
         messages.append(assistant(reply.strip()))
-    assert out == shown
+    assert out == text
     assert err.count("keys of the context kept: 100.0% in replying") == 3
 
 
@@ -117,7 +123,7 @@ def test_append(folder, capsys):
     )
     tokenizer = chat.load_tokenizer(folder / "model")
     expected = _reference(tokenizer, [user(f"{CONTEXT}\n\n{more}\n\n{QUESTION}")], 10)
-    assert capsys.readouterr().out == expected.lstrip() + "\n"
+    assert capsys.readouterr().out == shown(expected.lstrip()) + "\n"
     notes = storage.read_header(folder / "longer.tree").notes
     assert notes["context"] == f"{folder}/text.txt, {folder}/more.txt"
     assert cli.main(["append", *files.split()]) == cli.BAD_INPUT
@@ -171,7 +177,7 @@ def test_info(folder, capsys):
 
 def test_info_of_a_tree_that_is_not_calibrated(tmp_path):
     keys = jax.random.normal(jax.random.key(0), (2, 2, 40, 4))
-    config = SqueezeConfig(cluster_fractions=(0.2,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=0)
     labels = (np.broadcast_to(np.arange(40, dtype=np.int32) // 5, (2, 2, 40)),)
     storage.save(tmp_path / "bare.tree", build_tree(keys, keys, config, labels=labels))
     assert info.describe_tree(tmp_path / "bare.tree")["log_thresholds"] is None
@@ -191,6 +197,145 @@ def test_as_a_program(folder):
     assert (process.returncode, process.stderr) == (cli.BROKEN_PIPE, b"")
 
 
+def test_dense_answers_are_said_to_be(folder, capsys, monkeypatch):
+    """Where selecting cannot pay, one line says so; a named implementation selects."""
+    monkeypatch.setattr(fallback, "OVERHEAD", 1e12)
+    ask = f"ask --tree {folder}/text.tree --max-new-tokens 2 --stats"
+    assert cli.main([*ask.split(), "hello"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2
+    assert re.fullmatch(r"squeezejax: every key is read: .* at sparsity 0.9, .*\(--implementation xla .*\)", err[0])
+    assert "kept: 100.0% in replying" in err[1]
+    assert cli.main([*ask.split(), "--implementation", "xla", "hello"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "kept: 100.0%" not in line
+    assert cli.main([*ask.split(), "--sparsity", "0", "hello"]) == 0
+    assert "every key is read" not in capsys.readouterr().err
+    page = ["--implementation", "xla", "--explain", f"{folder}/page.html", "hello"]
+    assert cli.main([*ask.split(), *page]) == 0
+    assert 'id="all-kept"' not in (folder / "page.html").read_text()
+
+
+# ---- Builds that meet, and files that cannot be written
+
+
+def test_a_build_waits_for_no_other(folder, capsys, monkeypatch):
+    """The second of two builds to one file is refused before it loads a model; a failed save loses no layer."""
+
+    save = storage.save
+
+    def fail_at_the_tree(path, *rest):
+        if "unfinished" in str(path):
+            return save(path, *rest)
+        assert _build(folder, "met.tree") == cli.BAD_INPUT
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save", fail_at_the_tree)
+        assert _build(folder, "met.tree") == cli.FAILED
+    err = capsys.readouterr().err
+    assert f"another build is running in {folder}/met.tree.unfinished" in err
+    assert f"{folder}/met.tree: No space left on device" in err
+    assert (folder / "met.tree.unfinished").is_dir()
+    assert _build(folder, "met.tree") == 0
+    assert (folder / "met.tree").read_bytes() == (folder / "text.tree").read_bytes()
+    assert not (folder / "met.tree.unfinished").exists()
+
+
+def test_logs_have_lines_and_no_bars(folder, capsys):
+    files = f"build --model {folder}/model --context {folder}/text.txt --out {folder}/logged.tree"
+    assert cli.main([*files.split(), "--window", "8", "--cluster-fractions", "0.05,0.2"]) == 0
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    assert re.fullmatch(r"squeezing 100%  \d+\.\d s\n", err)
+
+
+# ---- Whom the command line trusts
+
+
+def test_the_folder_that_a_received_tree_names_is_not_opened(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # another user
+    opened = []
+    monkeypatch.setattr(commands, "read_model_config", lambda folder: opened.append(folder))
+    append = f"append --tree {folder}/text.tree --context {folder}/text.txt --out {tmp_path}/more.tree"
+    for line in (f"ask --tree {folder}/text.tree hello", append):
+        assert cli.main(line.split()) == cli.BAD_INPUT
+        err = capsys.readouterr().err
+        assert f"names the model folder {folder}/model" in err
+        assert "give it with --model" in err
+    assert not opened
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_received_tree_is_answered_with_the_model_given(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    line = f"ask --tree {folder}/text.tree --model {folder}/model --max-new-tokens 1 hello"
+    assert cli.main(line.split()) == 0
+    capsys.readouterr()
+    assert _build(folder, "own.tree") == 0
+    assert f'squeezejax ask --tree {folder}/own.tree "…"' in capsys.readouterr().out
+    (key,) = (tmp_path / "squeezejax").iterdir()
+    assert key.stat().st_mode & 0o777 == 0o600
+    notes = storage.read_header(folder / "own.tree").notes
+    assert commands.asked_model(None, notes) == folder / "model"
+    for forged in ({**notes, "model": "/evil"}, {**notes, trust.NOTE: "é"}, {"model": notes["model"]}):
+        with pytest.raises(ValueError, match="not made by you"):
+            commands.asked_model(None, forged)
+    assert commands.asked_model(None, {"model": "embedded"}) == commands.model_directory("embedded")
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")  # no place for a key
+    assert _build(folder, "unsigned.tree") == 0
+    assert f"--tree {folder}/unsigned.tree --model {folder}/model" in capsys.readouterr().out
+
+
+def test_code_of_a_tokenizer_is_never_run(folder, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    line = f"build --model {model} --context {folder}/text.txt --out {tmp_path}/a.tree"
+    assert cli.main(line.split()) == cli.BAD_INPUT
+    assert "such code is never run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch):
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(chat, "LONGEST_RENDERING", 0.2)
+    tokenizer = make_tokenizer("llama3", loops + CHATML)
+    with pytest.raises(ValueError, match=r"template cannot render .*not done after 0.2 seconds"):
+        chat.split_prompt(tokenizer, CONTEXT)
+    assert sys.gettrace() is None
+
+
+def test_control_characters_are_shown(folder, tmp_path, capsys, monkeypatch):
+    """Of a note, a fingerprint and a generated text: shown as programs write them, and not obeyed."""
+    evil = "a\x1b[2J\x00\u202eb"
+    safe = r"a\x1b[2J\x00\u202eb"
+    tree = dataclasses.replace(storage.load(folder / "text.tree"), fingerprint=evil)
+    notes = storage.read_header(folder / "text.tree").notes
+    storage.save(tmp_path / "evil.tree", tree, {**notes, "model": evil, evil: evil})
+    assert cli.main(["info", f"{tmp_path}/evil.tree"]) == 0
+    out = capsys.readouterr().out
+    assert f"fingerprint {safe}" in out
+    assert not set(out) & set("\x1b\x00\u202e")
+    assert cli.main(["info", "--json", f"{tmp_path}/evil.tree"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["notes"][evil] == evil
+    assert not set(out) & set("\x1b\x00\u202e")
+    assert cli.main(["ask", "--tree", f"{tmp_path}/evil.tree", "hello"]) == cli.BAD_INPUT
+    err = capsys.readouterr().err
+    assert f"names the model folder {safe}:" in err
+    monkeypatch.setattr(chat.Detokenizer, "push", lambda *_: evil)
+    monkeypatch.setattr(chat, "decode", lambda *_: evil)
+    for dense in ([], ["--dense"]):
+        line = ["ask", "--tree", f"{folder}/text.tree", "--max-new-tokens", "1", *dense, "hello"]
+        assert cli.main(line) == 0
+        assert capsys.readouterr().out.startswith(safe)
+
+
 # ---- Errors take one line
 
 BUILD = "build --model {0}/model --context {0}/text.txt --out {0}/new.tree"
@@ -207,6 +352,10 @@ WRONG = {
     "tree exists": (BUILD.replace("new.tree", "text.tree"), "text.tree exists; give --force"),
     "out is the text": (BUILD.replace("new.tree", "text.txt") + " --force", "is the text itself"),
     "out is a directory": (BUILD.replace("/new.tree", ""), "is a directory"),
+    "out is a device": (BUILD.replace("{0}/new.tree", "/dev/null") + " --force", "is a device or a pipe"),
+    "out is a pipe": (BUILD.replace("new.tree", "pipe"), "is a device or a pipe"),
+    "page is a device": (ASK + " --explain /dev/null --force hello", "is a device or a pipe"),
+    "page is a pipe": (ASK + " --explain {0}/pipe --force hello", "is a device or a pipe"),
     "out nowhere": (BUILD.replace("new.tree", "no/new.tree"), "no does not exist"),
     "sparsity no number": (BUILD + " --sparsity many", "--sparsity: must be a number, got 'many'"),
     "sparsity in percent": (BUILD + " --sparsity 90", "for 90 % write 0.9"),
@@ -237,6 +386,7 @@ def broken(folder):
     (folder / "empty.txt").write_bytes(b"\xef\xbb\xbf \n")
     (folder / "bytes.txt").write_bytes(b"abc\xff")
     (folder / "short.txt").write_text("Too short.")
+    os.mkfifo(folder / "pipe")
     (folder / "cut.tree").write_bytes((folder / "text.tree").read_bytes()[:-100])
     return folder
 
@@ -321,7 +471,13 @@ def test_summary_says_what_was_measured():
 def test_what_next():
     assert "demo --out demo.tree" in demo.what_next(None, "Why?", lost=False)
     text = demo.what_next("my trees/demo.tree", "Why?", lost=True)
-    assert """squeezejax ask --tree 'my trees/demo.tree' --stats "Why?"\n""" in text
+    assert """squeezejax ask --tree 'my trees/demo.tree' --implementation xla --stats "Why?"\n""" in text
+    assert "squeezejax info 'my trees/demo.tree' " in text
+    for line in text.splitlines():  # what is suggested can be parsed
+        if "squeezejax ask" in line:
+            command = line.split("  see what")[0].split("  ask in")[0]
+            arguments = cli.make_parser().parse_args(shlex.split(command)[1:])
+            assert arguments.implementation == demo.IMPLEMENTATION
     assert "--sparsity 0.7 " in text
 
 

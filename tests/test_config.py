@@ -12,7 +12,7 @@ from squeezejax.arguments import check_lengths, check_tokens
 
 
 def test_defaults_are_those_of_the_design():
-    config = SqueezeConfig()
+    config = SqueezeConfig.paper()
     assert config.cluster_fractions == (0.01, 0.05)
     assert (config.observation_window, config.sparsity, config.coarse_margin, config.query_block) == (
         100,
@@ -24,9 +24,9 @@ def test_defaults_are_those_of_the_design():
 
 
 def test_frozen_and_hashable():
-    config = SqueezeConfig(cluster_fractions=[0.1, 0.2])  # a list, as JSON has it
-    assert config == SqueezeConfig(cluster_fractions=(0.1, 0.2))
-    assert hash(config) == hash(SqueezeConfig(cluster_fractions=(0.1, 0.2)))
+    config = SqueezeConfig.paper(cluster_fractions=[0.1, 0.2])  # a list, as JSON has it
+    assert config == SqueezeConfig.paper(cluster_fractions=(0.1, 0.2))
+    assert hash(config) == hash(SqueezeConfig.paper(cluster_fractions=(0.1, 0.2)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.sparsity = 0.5
 
@@ -52,6 +52,8 @@ def test_frozen_and_hashable():
         ("kmeans_iterations", 1.5),
         ("kmeans_swap_rounds", -1),
         ("kmeans_swap_rounds", None),
+        ("observation_window", 10**4000),
+        ("kmeans_iterations", 2**31),
         ("cluster_granule", 0),
         ("cluster_granule", 8.5),
         ("cluster_cap", 0.9),
@@ -62,12 +64,12 @@ def test_frozen_and_hashable():
 )
 def test_senseless_values_are_refused_by_field(field, value):
     with pytest.raises(ValueError, match=field):
-        SqueezeConfig(**{field: value})
+        SqueezeConfig.paper(**{field: value})
 
 
 @pytest.mark.parametrize("sparsity", [-1.0, 0, 0.5, 1, 7.0])
 def test_any_sparsity_may_be_the_default(sparsity):
-    assert SqueezeConfig(sparsity=sparsity).sparsity == sparsity
+    assert SqueezeConfig.paper(sparsity=sparsity).sparsity == sparsity
 
 
 @pytest.mark.parametrize("tokens", [[1, 2, 3], np.array([1, 2, 3], np.int64), jnp.array([1, 2, 3])])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import squeezejax
 from squeezejax import SqueezeConfig, add_value_centroids, attend
 from squeezejax.online.attention import attend_user
-from squeezejax.online.reading import Estimate
+from squeezejax.online.reading import Estimate, reading_of
+from squeezejax.pallas_kernels.interface import Own
 
 LAYER = 1
 
@@ -100,7 +101,11 @@ def estimated(case, layer, q, k, v, start, length, *, tail, **choice):
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------------------------------
-run = jax.jit(functools.partial(attend_user, implementation="xla"))
+@jax.jit
+def run(tree, q, k, v, layer, start, lengths, log_T, estimate):
+    """One layer's attention, as plain XLA."""
+    reading = reading_of(tree, log_thresholds=log_T, estimate=estimate, implementation="xla")
+    return attend_user(tree, q, Own(k, v, start, lengths), layer, reading)
 
 
 @functools.cache
@@ -146,7 +151,7 @@ def test_a_case_worked_by_hand():
     # q = 1 and H = 1: the weights are the exponentials of the keys. Clusters {0, 0}, {ln 3}, {ln 4}; own token 0.
     keys = np.log([1, 1, 3, 4])[None, None, :, None]
     values = np.array([1.0, 3, 5, 10])[None, None, :, None]
-    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=0)
+    config = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=0)
     tree = squeezejax.build_tree(np.float32(keys), np.float32(values), config, labels=(np.array([[[0, 0, 1, 2]]]),))
     tree = add_value_centroids(tree)
     np.testing.assert_array_equal(tree.levels[0].value_centroids[0, 0, :, 0], [2, 5, 10])
@@ -174,7 +179,7 @@ def test_the_tail_of_equal_keys_is_exact():
     tree = add_value_centroids(case.tree)
     q, k, v = oracle.user_tokens(case, T=2)
     dense = oracle.attend_jit(tree, q, k, v, layer=0, log_thresholds=jnp.array([-jnp.inf, -jnp.inf]))
-    call = jax.jit(functools.partial(attend, layer=0, tail=True))
+    call = jax.jit(functools.partial(attend, layer=0, estimate=Estimate(tail=True)))
     for log_T in ([jnp.inf, jnp.inf], [-3.5, jnp.inf], [-3.5, -3.5], [-jnp.inf, -jnp.inf]):
         found = call(tree, q, k, v, log_thresholds=jnp.array(log_T))
         for one, other in zip(found, dense, strict=True):
@@ -199,7 +204,7 @@ def test_more_mass_never_keeps_fewer_keys(masses):
 # Generation
 # ---------------------------------------------------------------------------------------------------------------------
 W, T, NEW = 6, 5, 4
-CONFIG = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=None, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=None, sparsity=0.6)
 RNG = np.random.default_rng(7)
 CONTEXT, QUESTIONS = RNG.integers(0, 31, 44 + W), RNG.integers(0, 31, (2, T)).astype(np.int32)
 generate = functools.partial(squeezejax.generate, implementation="xla", max_new_tokens=NEW)
@@ -218,7 +223,7 @@ def tree(params):
 def test_without_options_nothing_changes(params, tree):
     plain = generate(params, dataclasses.replace(tree, levels=bare_levels(tree)), QUESTIONS)
     assert plain.missed_mass is None
-    measured = generate(params, tree, QUESTIONS, missed_mass=True)
+    measured = generate(params, tree, QUESTIONS, estimate=Estimate())
     np.testing.assert_array_equal(measured.tokens, plain.tokens)
     np.testing.assert_allclose(measured.kept_fraction, plain.kept_fraction, rtol=1e-6)
     np.testing.assert_allclose(measured.prefill_kept_fraction, plain.prefill_kept_fraction, rtol=1e-6)
@@ -234,7 +239,7 @@ def test_ragged_batches_and_traced_numbers(params, tree):
 
     @jax.jit
     def answer(questions, mass):
-        return generate(params, tree, questions, lengths=lengths, min_mass=mass, tail=True)
+        return generate(params, tree, questions, lengths=lengths, estimate=Estimate(mass, tail=True))
 
     both = answer(QUESTIONS, jnp.float32(0.95))
     with oracle.count_compilations() as compiled:
@@ -250,8 +255,9 @@ def test_ragged_batches_and_traced_numbers(params, tree):
         np.testing.assert_array_equal(getattr(changed, name)[1], getattr(both, name)[1])
     assert changed.missed_mass[0] != both.missed_mass[0]
     # In parts: the same answer.
-    state = squeezejax.prefill(params, tree, QUESTIONS, lengths=lengths, min_mass=0.95, tail=True, capacity=NEW)
-    parts, _ = squeezejax.decode(params, tree, state, NEW, min_mass=0.95, tail=True)
+    estimate = Estimate(min_mass=0.95, tail=True)
+    state = squeezejax.prefill(params, tree, QUESTIONS, lengths=lengths, estimate=estimate, capacity=NEW)
+    parts, _ = squeezejax.decode(params, tree, state, NEW, estimate=estimate)
     np.testing.assert_array_equal(parts.tokens, both.tokens)
     np.testing.assert_allclose(parts.missed_mass, both.missed_mass, rtol=1e-5)
 
@@ -276,10 +282,10 @@ def test_value_centroids_are_means_and_survive_a_file(tree, tmp_path):
 
 def test_options_that_cannot_be_are_refused(params, tree):
     with pytest.raises(ValueError, match="add_value_centroids"):
-        generate(params, dataclasses.replace(tree, levels=bare_levels(tree)), QUESTIONS, tail=True)
+        generate(params, dataclasses.replace(tree, levels=bare_levels(tree)), QUESTIONS, estimate=Estimate(tail=True))
     with pytest.raises(ValueError, match="not two of them"):
-        generate(params, tree, QUESTIONS, min_mass=0.9, sparsity=0.5)
+        generate(params, tree, QUESTIONS, estimate=Estimate(0.9), sparsity=0.5)
     with pytest.raises(ValueError, match="must be one number"):
-        generate(params, tree, QUESTIONS, min_mass=np.ones(2))
+        generate(params, tree, QUESTIONS, estimate=Estimate(np.ones(2)))
     with pytest.raises(NotImplementedError, match="plain XLA"):
-        squeezejax.generate(params, tree, QUESTIONS, tail=True, implementation="mosaic")
+        squeezejax.generate(params, tree, QUESTIONS, estimate=Estimate(tail=True), implementation="mosaic")

@@ -35,7 +35,7 @@ from squeezejax.storage import files as storage
 # ---- Numbers
 
 S, W, QUESTION, ANSWER = 40, 6, [3, 1, 4, 1, 5], [9, 2, 6]
-CONFIG = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=3, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=3, sparsity=0.6)
 TOKENS = np.random.default_rng(7).integers(0, 31, S + W)
 
 
@@ -312,6 +312,18 @@ def test_what_a_text_says_is_not_markup():
     assert page.texts["question"] == 'Is 1 < 2 & "3"?'
     assert page.texts["dense"] == "another answer: <i>yes</i>"
     assert "<b>no</b>" in page.texts["answer"]
+
+
+def test_control_characters_are_shown_on_pages():
+    evil = "\x1b\x00\u202e"
+    about = dataclasses.replace(
+        make_about([Piece(evil)] * 10), question=evil, answer=[Piece(evil)] * 4, dense_answer=evil, tree=evil
+    )
+    text = explain_page.render(make_explanation(2, 4, 1, 1, 8, 2), about)
+    page = Page(text)
+    assert not set(evil) & set(text)
+    assert [word for _, word in page.tokens] == [r"\x1b\x00\u202e"] * 10
+    assert page.texts["question"] == r"\x1b\x00\u202e"
 
 
 @pytest.mark.parametrize(("sparsity", "reason"), [(0.8, "a sparsity of 0.8 was asked for"), (0.0, "with sparsity 0.")])

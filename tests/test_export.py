@@ -17,7 +17,7 @@ from squeezejax.models.llama import Llama
 
 SIZES = {"vocab_size": 61, "model_dim": 16, "mlp_dim": 32, "num_layers": 2, "head_dim": 8}
 MODEL = LlamaConfig(**SIZES, num_heads=4, num_kv_heads=2, qk_norm=True, rope=RopeConfig(kind="linear", factor=2.0))
-SQUEEZE = squeezejax.SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=8)
+SQUEEZE = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=8)
 # What the other process knows: files, and how its parameters come about.
 CALLER = """
 import json, sys

@@ -22,7 +22,7 @@ def selecting_pays():
 
 @pytest.fixture(scope="module")
 def tree():
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.2,), observation_window=W)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=W)
     keys, values, queries = (jax.random.normal(jax.random.key(i), (L, K * (1 + i // 2), S + W, H)) for i in range(3))
     labels = (np.broadcast_to(np.arange(S) // 5, (L, K, S)),)
     tree = squeezejax.build_tree(keys, values, config, labels=labels)

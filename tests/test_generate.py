@@ -30,7 +30,7 @@ def prefill(params, tree, tokens, *, state=None, capacity=None, **options):
 
 S, W, T, NEW = 44, 6, 5, 6
 # One query token a selection: then nothing depends on how a conversation is cut into calls.
-CONFIG = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=1, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=1, sparsity=0.6)
 RNG = np.random.default_rng(7)
 CONTEXT = RNG.integers(0, 31, S + W)
 QUESTIONS = RNG.integers(0, 31, (2, T)).astype(np.int32)
@@ -435,7 +435,7 @@ def test_other_models_and_windows_reproduce_dense_attention(sizes, window):
     """Also with user input longer than the context."""
     make = functools.partial(oracle.make_model, **sizes)
     params, context = make(), CONTEXT[: 3 + window]
-    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=window)
+    config = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=window)
     tree = oracle.model_tree(params, context, config, clusters=(2,))
     tokens, _ = dense_greedy(make, context=tuple(context), new=3)
     np.testing.assert_array_equal(generate(params, tree, QUESTIONS, max_new_tokens=3, sparsity=0).tokens, tokens)

@@ -19,14 +19,16 @@ from squeezejax import memory
 from squeezejax.command_line import cli
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
+from squeezejax.offline import build
 from squeezejax.online.generate import _decode, empty_state
+from squeezejax.online.reading import reading_of
 from squeezejax.online.sampling import sampling_of
 from squeezejax.plan import plan, tree_shapes
 
 MODEL = LlamaConfig(
     vocab_size=64, model_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True
 )
-CONFIG = squeezejax.SqueezeConfig(cluster_fractions=(0.05, 0.2), observation_window=10)
+CONFIG = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.05, 0.2), observation_window=10)
 TOKENS = 210
 
 
@@ -44,7 +46,7 @@ def test_by_hand():
     """One layer, one head: 1,000 clustered keys of dimension 4 in bfloat16, 100 clusters, two users of 30 tokens."""
     sizes = {"vocab_size": 10, "model_dim": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
     abstract = jax.eval_shape(lambda: Llama(LlamaConfig(**sizes, head_dim=4), key=jax.random.key(0), dtype="bfloat16"))
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.1,), observation_window=20)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.1,), observation_window=20)
     made = plan(abstract, 1020, config, users=2, room=30, sparsity=0.75)
     blocks = 4 * 4 * 4 + 3 * 4 * 6 + 2 * 4  # attention, MLP, norms
     assert made.clusters == (100,)
@@ -75,7 +77,7 @@ def test_children_of_the_kept_are_scored():
 
 @pytest.mark.parametrize("fractions", [(0.2,), (0.05, 0.2)])
 def test_tree_and_weights_are_what_is_planned(fractions, params, tree):
-    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=10)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=fractions, observation_window=10)
     tree = tree if config == CONFIG else squeezejax.squeeze(params, np.arange(TOKENS) % 64, config)
     made = plan(params, TOKENS, config).memory
     assert made.tree == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -92,8 +94,8 @@ def test_a_compiled_decode_takes_what_is_planned():
     state = jax.eval_shape(lambda *made: empty_state(*made, 2, 2048), abstract, tree)
 
     def decode(params, tree, state, sparsity):
-        log_T = squeezejax.log_thresholds(tree, sparsity)
-        return _decode(params, tree, state, log_T, sampling_of(0.0, None, None, None, ()), 8, "xla")
+        reading = reading_of(tree, sparsity=sparsity, implementation="xla")
+        return _decode(params, tree, state, reading, sampling_of(0.0, None, None, None, ()), 8)
 
     program = jax.jit(decode, keep_unused=True).lower(abstract, tree, state, jax.ShapeDtypeStruct((), jnp.float32))
     used = program.compile().memory_analysis()
@@ -106,7 +108,7 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     module, alive = importlib.import_module("squeezejax.offline.squeeze"), []
 
     def build_layer(*arguments):
-        layer = squeezejax.tree.build_layer(*arguments)
+        layer = build.build_layer(*arguments)
         alive.append(sum(x.nbytes for x in jax.live_arrays()))
         return layer
 
@@ -120,11 +122,11 @@ def test_a_build_needs_its_floor(params, monkeypatch):
 
 def test_clustering_takes_about_what_is_planned():
     """Temporaries of the compiled clustering of one layer, within 30 %."""
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.05,))
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.05,))
     model = dataclasses.replace(MODEL, num_layers=1, head_dim=64)
     abstract = jax.eval_shape(lambda: Llama(model, key=jax.random.key(0), dtype=jnp.bfloat16))
     rows = jax.ShapeDtypeStruct((2, 4100, 64), jnp.bfloat16)
-    program = squeezejax.tree.build_layer.lower(rows, rows, config, jax.random.key(0)).compile()
+    program = build.build_layer.lower(rows, rows, config, jax.random.key(0), build.clustering_of(config)).compile()
     made = plan(abstract, 4100, config).memory
     assert program.memory_analysis().temp_size_in_bytes == pytest.approx(made.build_peak - made.build_floor, rel=0.3)
 

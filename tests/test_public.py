@@ -9,13 +9,15 @@ import re
 import sys
 import types
 
+import jax
 import numpy as np
+import oracle
 import pytest
 from chat_models import CONTEXT, KINDS, TEMPLATES, make_tokenizer
 
 import squeezejax
 from benchmarks.public import __main__ as public
-from benchmarks.public import longbench, metrics, prefixqa, prompts, ruler, run, summary
+from benchmarks.public import leval, likelihood, longbench, metrics, prefixqa, prompts, ruler, run, summary
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
 from squeezejax import models
@@ -421,3 +423,84 @@ def test_records_of_other_settings_are_not_continued(tmp_path):
     public.check_settings(path, {"model": "a", "multiple": 1})
     with pytest.raises(ValueError, match="with another multiple: name another --out"):
         public.check_settings(path, {"model": "a", "multiple": 512})
+
+
+# ---- L-Eval
+
+
+def test_leval_questions_of_every_kind(tmp_path):
+    records = [
+        {"input": " A lecture. ", "instructions": ["Who?\nA. she\nB. he", "Both?"], "outputs": ["B", "AC"]},
+        {
+            "input": "A story.",
+            "instructions": ["Why?", "It rains?"],
+            "outputs": ["(B) They did.", "True [fact: False]"],
+        },
+        {"input": "Sums.", "instructions": ["How many?", "And what?"], "outputs": ["18", ""]},
+    ]
+    records = [record | {"evaluation": "exam"} for record in records]
+    records.append({"input": "A call.", "instructions": ["What?"], "outputs": ["Much."], "evaluation": "f1"})
+    records.append({"input": "A bill.", "instructions": ["Sum up."], "outputs": ["Law."], "evaluation": "rouge"})
+    items = leval.read(write_lines(tmp_path / "tpo.jsonl", *records))
+    assert [(item.metric, item.answers) for item in items] == [
+        ("choice", ("B",)),
+        ("choice", ("AC",)),
+        ("choice", ("B",)),
+        ("contains_any", ("True",)),
+        ("contains_any", ("18",)),
+        ("f1", ("Much.",)),
+        ("rouge_l", ("Law.",)),
+    ]
+    assert len({item.context for item in items}) == 5
+    assert items[0].context == "Document is as follows.\nA lecture."
+    assert items[0].question.startswith("\n\nQuestion: Who?\nA. she\nB. he\nPlease")
+    for change, sentence in (
+        ({"outputs": ["B"]}, "2 instructions and 1 outputs"),
+        ({"evaluation": "taste"}, 'no evaluation "taste"'),
+        ({"input": " "}, "the input is empty"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            leval.read(write_lines(tmp_path / "bad.jsonl", records[0] | change))
+
+
+def test_letters_of_choices():
+    for reply, answer, right in (
+        ("B", "B", 1),
+        (" (B) he did", "B", 1),
+        ("B. he", "B", 1),
+        ("A, C", "AC", 1),
+        ("A and C", "AC", 1),
+        ("AC", "AC", 1),
+        ("A", "AC", 0),
+        ("Because B", "B", 0),
+        ("C", "B", 0),
+        ("", "B", 0),
+    ):
+        assert metrics.choice(reply, answer) == right, reply
+
+
+def test_the_likelihood_of_answers_is_the_dense_models():
+    params = oracle.make_model(seed=2)
+    ids = np.random.default_rng(1).integers(0, 31, 60)
+    config = squeezejax.SqueezeConfig(cluster_fractions=(0.2,), observation_window=8)
+    tree = squeezejax.squeeze(params, ids[:40], config)
+    questions, answers = np.stack([ids[40:46], ids[46:52]]), [ids[52:56].tolist(), ids[56:58].tolist()]
+    lengths = np.array([6, 4])
+    options = {"sparsity": 0.0, "implementation": "xla"}
+    found = likelihood.of_answers(params, tree, questions, lengths, answers, **options)
+    for row, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+        whole = np.concatenate([ids[:40], questions[row, :length], answer])[None]
+        log_p = jax.nn.log_softmax(models.logits(params, whole)[0])
+        start = len(whole[0]) - len(answer) - 1
+        expected = np.mean([log_p[start + i, token] for i, token in enumerate(answer)])
+        assert found[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_other_configurations_by_name():
+    base = squeezejax.SqueezeConfig()
+    made = public.parse_config("cluster_fractions=(0.1,),sparsity=0.8", base)
+    assert made == dataclasses.replace(base, cluster_fractions=(0.1,), sparsity=0.8)
+    assert public.parse_config("", base) == base
+    for wrong in ("sparsity", "nothing=1", "sparsity=f()", "observation_window=-1", "a b"):
+        with pytest.raises(ValueError, match="--config"):
+            public.parse_config(wrong, base)

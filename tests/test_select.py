@@ -1,7 +1,6 @@
 """Selection: which keys a set of query tokens keeps, against the oracle, by hand, and at every numerical trap."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from squeezejax import Selection, SqueezeConfig, build_tree, calibrate, log_thresholds, select
+from squeezejax.online.select import kept_rows
+from squeezejax.pallas_kernels.layout import split_heads, to_lanes
+from squeezejax.pallas_kernels.xla import levelwise
 
 RELIABLE = 1e-4  # float32 scores further than this from a threshold fall on the same side of it as the oracle's
 LEVELS = {1: (10,), 2: (4, 10), 3: (3, 5, 10)}
@@ -25,7 +27,7 @@ def key_mask(tree, q, log_T, layer=0):
 def one_head(keys, labels, queries=None, *, dtype=np.float32):
     """A tree of one layer, one head, no window: keys [S H], labels of a head; calibrated if there are queries [Q H]."""
     keys = np.asarray(keys, dtype)[None, None]
-    config = SqueezeConfig(
+    config = SqueezeConfig.paper(
         cluster_fractions=tuple((i + 1) / (len(labels) + 1) for i in range(len(labels))), observation_window=0
     )
     tree = build_tree(keys, keys, config, labels=tuple(np.asarray(entry)[None, None] for entry in labels))
@@ -65,23 +67,26 @@ def test_key_mask_equals_the_oracle(levels, seed, empty, scale, fractions, layer
 @pytest.mark.parametrize("clusters", [(1100,), (20, 1100), (5, 600, 1100)], ids=["flat", "two levels", "three levels"])
 def test_both_ways_of_looking_up_equal_the_oracle(monkeypatch, clusters, most_rows):
     """With more clusters than either scores at once, and heads that keep very different numbers of them."""
-    module = sys.modules["squeezejax.online.select"]  # the package's attribute of that name is the function
-    monkeypatch.setattr(module, "MOST_LISTED_ROWS", most_rows)
+    monkeypatch.setattr(levelwise, "MOST_LISTED_ROWS", most_rows)
     case = oracle.make_case(seed=13, clusters=clusters, S=2500, L=1, H=4, scale=2.0, empty=0.1)
     q, _, _ = oracle.user_tokens(case)
-    look_up = jax.jit(
-        lambda tree, q, valid, log_T: module.select_lanes(tree, module.split_heads(q, case.K), valid, 0, log_T)
-    )
+
+    @jax.jit
+    def look_up(tree, q, valid, log_T):
+        rows = to_lanes(split_heads(q, case.K))
+        found = levelwise.select(tree, rows, jnp.repeat(valid, q.shape[2] // case.K, axis=1), 0, log_T)
+        return found, kept_rows(tree, found, 0)
+
     for fractions in [(0.3, 0.2, 0.5), (0.0, 0.6, 0.9), (0.7, 0.8, 0.0)]:
         log_T = oracle.cutting_thresholds(case, 0, q[0], fractions[: len(clusters)])
-        found = look_up(case.uncalibrated, q, np.array([[True] * 3, [True, True, False]]), log_T)
+        found, rows = look_up(case.uncalibrated, q, np.array([[True] * 3, [True, True, False]]), log_T)
         for user, tokens in enumerate([q[0], q[1, :2]]):  # the second user's last token is padding
             mask, gap = case.key_mask(0, tokens, log_T)
             if gap < 2e-6:
                 continue  # a score as close to its threshold as float32 is exact
-            selection = Selection(found.clusters[user], jnp.int32(0))
+            selection = Selection(rows[user], jnp.int32(0))
             np.testing.assert_array_equal(selection.key_mask(case.uncalibrated), mask)
-            np.testing.assert_array_equal(found.runs.num_rows[user], mask.sum(axis=1))
+            np.testing.assert_array_equal(found.num_rows[user], mask.sum(axis=1))
 
 
 @pytest.mark.parametrize(("T", "G"), [(1, 1), (1, 8), (4, 3)])
@@ -128,7 +133,7 @@ def test_layer_and_sparsity_may_be_traced_without_compiling_again():
         for p in (-1.0, 0.3, 0.7, 1.0):
             traced = program(case.tree, q[0], jnp.int32(layer), jnp.float32(p))
             assert traced.layer == layer
-            np.testing.assert_array_equal(traced.kept, select(case.tree, q[0], layer=layer, sparsity=p).kept)
+            np.testing.assert_array_equal(traced.rows, select(case.tree, q[0], layer=layer, sparsity=p).rows)
     assert program._cache_size() == 1
 
 
@@ -268,7 +273,7 @@ def test_trap_all_keys_equal_clustered_by_kmeans():
     row = np.random.default_rng(0).normal(size=6).astype(np.float32)
     keys = np.broadcast_to(row, (2, 2, 66, 6))  # sizes and configuration as in test_tree.py: one compiled program
     queries = np.random.default_rng(2).normal(size=(2, 4, 6, 6)).astype(np.float32)
-    config = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6)
+    config = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6)
     assert_only_the_window(calibrate(build_tree(keys, keys, config), queries), queries)
 
 
@@ -342,7 +347,7 @@ def test_selection_repeats_bit_for_bit():
     case = oracle.make_case(clusters=(4, 10))
     q, _, _ = oracle.user_tokens(case)
     first, second = (select(case.tree, q[0], layer=0, sparsity=0.6) for _ in range(2))
-    np.testing.assert_array_equal(first.kept, second.kept)
+    np.testing.assert_array_equal(first.rows, second.rows)
 
 
 @pytest.mark.parametrize(

@@ -87,15 +87,17 @@ def test_neighbours_in_memory_are_alike():
     ],
 )
 def test_what_a_configuration_asks_for(options, dtype, num_keys, expected):
-    assert shape_of(SqueezeConfig(**options), num_keys, jnp.dtype(dtype)) == expected
+    assert shape_of(SqueezeConfig.paper(**options), num_keys, jnp.dtype(dtype)) == expected
     if expected is not None:
-        assert shape_of(SqueezeConfig(**options), num_keys, jnp.dtype(dtype), 21).first_row == 21 % expected.granule
+        assert (
+            shape_of(SqueezeConfig.paper(**options), num_keys, jnp.dtype(dtype), 21).first_row == 21 % expected.granule
+        )
 
 
 def test_trees_have_the_shape_and_stay_trees():
     """bfloat16: every run begins on a granule, at both levels; counts and centroids are those of the rows there."""
     keys = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 166, 6)), jnp.bfloat16)
-    config = SqueezeConfig(cluster_fractions=(0.02, 0.06), observation_window=6)
+    config = SqueezeConfig.paper(cluster_fractions=(0.02, 0.06), observation_window=6)
     tree = build_tree(keys, keys, config)
     clustered = np.asarray(keys[:, :, :160], np.float64)
     for level in tree.levels:

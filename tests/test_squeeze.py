@@ -39,7 +39,7 @@ def ordered_clusters(monkeypatch):
     monkeypatch.setattr(module, "build_layer", build_layer)
 
 
-FLAT = SqueezeConfig(cluster_fractions=(0.2,), observation_window=6)
+FLAT = SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=6)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_without_a_window_the_last_queries_calibrate(params, ordered_clusters):
     chex.assert_trees_all_close(tree.thresholds, calibrate(tree, q[:, :, -100:]).thresholds, atol=1e-3)
 
 
-CONFIG = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6)
 
 
 @pytest.fixture(scope="module")

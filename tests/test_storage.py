@@ -34,7 +34,7 @@ HASH = np.arange(32, dtype=np.uint8)
 
 def make_tree(dtype=jnp.float32, fractions=(0.1, 0.3), window=3, calibrated=True, tokens=23):
     """A tree of 2 layers and 2 heads; its table of thresholds is a small one, so that files are small."""
-    config = SqueezeConfig(cluster_fractions=fractions, observation_window=window, sparsity=0.7)
+    config = SqueezeConfig.paper(cluster_fractions=fractions, observation_window=window, sparsity=0.7)
     keys, values = jax.random.normal(jax.random.key(0), (2, 2, 2, tokens, 4))
     sizes = (*config.num_clusters(tokens - window), tokens - window)
     labels = (np.arange(below) * 7 % above for above, below in itertools.pairwise(sizes))  # K-means is slow to compile
@@ -121,7 +121,7 @@ def test_round_trip(tmp_path, dtype, fractions, calibrated):
 def test_round_trip_of_odd_shapes(tmp_path, window):
     """No window or one token of it, and dead clusters (labels that skip numbers), in a str path."""
     keys = jax.random.normal(jax.random.key(1), (1, 1, 5 + window, 3)).astype(jnp.bfloat16)
-    config = SqueezeConfig(cluster_fractions=(0.5,), observation_window=window)
+    config = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=window)
     tree = squeezejax.build_tree(keys, keys, config, labels=(np.array([[[0, 6, 6, 2, 0]]]),))
     save(str(tmp_path / "a"), tree)
     assert_same(load(str(tmp_path / "a")), tree)
@@ -602,5 +602,49 @@ def test_killed_save_leaves_the_old_file_and_shards_are_gathered(tmp_path, tree,
     (left,) = set(os.listdir(tmp_path)) - {"a", "b"}
     assert re.fullmatch(r"\.squeezejax-[0-9a-f]{16}\.tmp", left)
     refusal(tmp_path / left)
-    save(path, tree)  # a leftover is in nobody's way
+    save(path, tree)  # a leftover is in nobody's way, and goes
     assert_same(load(path), tree)
+    assert set(os.listdir(tmp_path)) == {"a", "b"}
+
+
+def test_temporaries_of_running_saves_stay(tmp_path, tree, monkeypatch):
+    """One save in the middle of another, to the same directory: only what nobody writes any more is swept away."""
+    names = [f".squeezejax-{digits * 16}.tmp" for digits in "0f"]
+    for name in (*names, ".squeezejax-mine.tmp", "squeezejax.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    os.mkdir(tmp_path / ".squeezejax-1111111111111111.tmp")
+    layers, running = storage.host_layers, []
+
+    def save_another(leaf):
+        if not running:
+            running.append(leaf)
+            save(tmp_path / "b", tree)
+            assert len([name for name in os.listdir(tmp_path) if name.startswith(".squeezejax-")]) == 3
+        yield from layers(leaf)
+
+    monkeypatch.setattr(storage, "host_layers", save_another)
+    save(tmp_path / "a", tree)
+    assert_same(load(tmp_path / "a"), tree)
+    assert_same(load(tmp_path / "b"), tree)
+    kept = {".squeezejax-mine.tmp", "squeezejax.tmp", ".squeezejax-1111111111111111.tmp"}
+    assert set(os.listdir(tmp_path)) == {"a", "b"} | kept
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_a_rewritten_file_is_not_open_to_more_people(tmp_path, tree, monkeypatch, mode):
+    path, sync, seen = tmp_path / "a", os.fsync, []
+    path.write_bytes(b"x")
+    path.chmod(mode)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (seen.append(os.fstat(descriptor).st_mode), sync(descriptor)))
+    save(path, tree)
+    assert path.stat().st_mode & 0o777 == mode
+    assert seen[0] & 0o777 == mode  # nor while it is written
+
+
+def test_a_full_disk_names_the_file(tmp_path, tree, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path}/a'")):
+        save(tmp_path / "a", tree)

@@ -87,7 +87,9 @@ def test_number_of_clusters_comes_from_the_labels():
 def test_by_hand():
     keys = np.array([1.0, 10.0, 3.0, 20.0, 99.0], np.float32).reshape(1, 1, 5, 1)
     labels = (np.array([[[1, 0, 0]]]), np.array([[[2, 0, 2, 1]]]))  # clusters {1}, {3}, {0, 2}; parents {1, 3+0, 2}
-    tree = build_tree(keys, -keys, SqueezeConfig(cluster_fractions=(0.1, 0.2), observation_window=1), labels=labels)
+    tree = build_tree(
+        keys, -keys, SqueezeConfig.paper(cluster_fractions=(0.1, 0.2), observation_window=1), labels=labels
+    )
     coarse, fine = tree.levels
     np.testing.assert_array_equal(coarse.centroids[0, 0, :, 0], [8.0, 10.0])  # (20 + 1 + 3) / 3, not (20 + 2) / 2
     np.testing.assert_array_equal(coarse.counts[0, 0], [3, 1])
@@ -104,7 +106,7 @@ def clustered():
     """A tree that K-means made."""
     rng = np.random.default_rng(3)
     keys, values = (rng.normal(size=(2, 2, 66, 6)).astype(np.float32) for _ in range(2))
-    config = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6)
+    config = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6)
     return keys, values, config, build_tree(keys, values, config, key=jax.random.key(5))
 
 
@@ -146,7 +148,7 @@ def test_same_key_same_tree_bit_for_bit(clustered):
     ],
 )
 def test_number_of_clusters(fractions, num_keys, expected):
-    assert SqueezeConfig(cluster_fractions=fractions).num_clusters(num_keys) == expected
+    assert SqueezeConfig.paper(cluster_fractions=fractions).num_clusters(num_keys) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_number_of_clusters(fractions, num_keys, expected):
 )
 def test_extreme_sizes(num_keys, fractions):
     keys = np.random.default_rng(0).normal(size=(1, 1, num_keys + 1, 33)).astype(np.float32)
-    config = SqueezeConfig(cluster_fractions=fractions, observation_window=1)
+    config = SqueezeConfig.paper(cluster_fractions=fractions, observation_window=1)
     tree = build_tree(keys, keys, config)
     for level, C in zip(tree.levels, config.num_clusters(num_keys), strict=True):
         chex.assert_shape(level.counts, (1, 1, C))
@@ -178,7 +180,7 @@ def test_low_precision_keys_keep_their_dtype_and_have_float32_centroids(dtype):
 
 def test_kmeans_clusters_float16_keys():
     keys = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 25, 6)), jnp.float16)
-    tree = build_tree(keys, keys, SqueezeConfig(cluster_fractions=(0.2,), observation_window=5))
+    tree = build_tree(keys, keys, SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=5))
     chex.assert_type(tree.keys, jnp.float16)
     assert np.all(np.asarray(tree.levels[0].counts) > 0)
 
@@ -202,15 +204,15 @@ def test_tree_is_a_pytree_with_static_config(case):
 
 
 KEYS = np.zeros((1, 2, 12, 4), np.float32)
-FLAT = SqueezeConfig(cluster_fractions=(0.5,), observation_window=2)
-DEEP = SqueezeConfig(cluster_fractions=(0.2, 0.5), observation_window=2)
+FLAT = SqueezeConfig.paper(cluster_fractions=(0.5,), observation_window=2)
+DEEP = SqueezeConfig.paper(cluster_fractions=(0.2, 0.5), observation_window=2)
 FINE = np.zeros((1, 2, 10), np.int32)
 
 
 @pytest.mark.parametrize(
     ("keys", "values", "config", "labels", "message"),
     [
-        (KEYS[0], KEYS[0], FLAT, None, "L K S"),
+        (KEYS[0], KEYS[0], FLAT, None, r"L K sinks\+S\+W H"),
         (KEYS, KEYS[:, :, 1:], FLAT, None, "must both be"),
         (KEYS, KEYS.astype(np.float16), FLAT, None, "dtype"),
         (KEYS.astype(np.int32), KEYS.astype(np.int32), FLAT, None, "floating"),

@@ -1,6 +1,7 @@
 """A build that is interrupted goes on at the last finished layer, to the same tree; other builds are refused."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -16,9 +17,10 @@ import pytest
 
 from squeezejax import SqueezeConfig, squeeze
 from squeezejax.offline import unfinished
+from squeezejax.storage import files as storage
 
 LAYERS = 3
-CONFIG = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
 TOKENS = np.random.default_rng(0).integers(0, 31, 66)
 
 
@@ -32,7 +34,7 @@ def whole(params):
     return squeeze(params, TOKENS, CONFIG)
 
 
-def interrupt(params, folder, after=2):
+def interrupt(params, folder, after=2, tokens=TOKENS):
     """A build into `folder` that ends when `after` layers are finished."""
 
     def stop(progress):
@@ -40,7 +42,7 @@ def interrupt(params, folder, after=2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        squeeze(params, TOKENS, CONFIG, progress=stop, checkpoint=folder)
+        squeeze(params, tokens, CONFIG, progress=stop, checkpoint=folder)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -74,7 +76,7 @@ def sync_or_die(descriptor):
             os.kill(os.getpid(), signal.SIGKILL)
     sync(descriptor)
 os.fsync = sync_or_die
-config = SqueezeConfig(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
+config = SqueezeConfig.paper(cluster_fractions=(0.07, 0.2), observation_window=6, kmeans_iterations=1)
 squeeze(oracle.make_model(num_layers=3), np.random.default_rng(0).integers(0, 31, 66), config, checkpoint=folder)
 """
 
@@ -161,6 +163,110 @@ def test_only_what_the_build_wrote_is_removed(half, tmp_path):
     (tmp_path / "build" / "notes").write_text("x")
     squeeze(params, TOKENS, CONFIG, checkpoint=tmp_path / "build")
     assert os.listdir(tmp_path / "build") == ["notes"]
+
+
+# ---- Builds that are mixed up
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(params, {name: folder with 2 of 3 layers finished}): two contexts of one length."""
+    params, folders = oracle.make_model(num_layers=LAYERS), {}
+    for name, tokens in (("one", TOKENS), ("other", TOKENS[::-1])):
+        folders[name] = tmp_path_factory.mktemp(name) / "build"
+        interrupt(params, folders[name], 2, tokens)
+    return params, folders
+
+
+@pytest.mark.parametrize("source", ["another build", "another layer", "a tree"])
+def test_layers_of_another_build_are_refused(two, tmp_path, source):
+    params, folders = two
+    folder = shutil.copytree(folders["one"], tmp_path / "build")
+    if source == "another build":
+        shutil.copy(folders["other"] / "layer-0001.tree", folder)
+    elif source == "another layer":
+        shutil.copy(folder / "layer-0000.tree", folder / "layer-0001.tree")
+    else:
+        storage.save(folder / "layer-0001.tree", storage.load(folder / "layer-0001.tree"), {"layer": "1"})
+    with pytest.raises(ValueError, match=r"layer-0001.tree is of another build, or another layer: remove .*build to"):
+        squeeze(params, TOKENS, CONFIG, checkpoint=folder)
+    assert (folder / "state.npz").exists()
+
+
+@pytest.mark.parametrize("forgery", ["fewer layers", "more layers", "no layers", "too few queries", "other states"])
+def test_forged_states_are_refused(two, tmp_path, forgery):
+    params, folders = two
+    folder = shutil.copytree(folders["one"], tmp_path / "build")
+    with np.load(folder / "state.npz") as state:
+        content = dict(state)
+    if forgery.endswith("layers"):
+        content["num_layers"] = {"fewer": 1, "more": LAYERS + 1, "no": 0}[forgery.split()[0]]
+    if forgery in ("fewer layers", "too few queries"):
+        content["queries"] = content["queries"][:1]
+    if forgery == "other states":
+        with np.load(folders["other"] / "state.npz") as state:
+            content["x"] = state["x"]
+    np.savez(folder / "state.npz", **content)
+    with pytest.raises(ValueError, match=r"state.npz is damaged: remove .*build to build anew"):
+        squeeze(params, TOKENS, CONFIG, checkpoint=folder)
+
+
+def test_one_build_at_a_time(two, tmp_path):
+    params, _ = two
+    refusals = []
+
+    def start_another(_):
+        with pytest.raises(ValueError, match=r"another build is running in .*build: wait for it") as error:
+            squeeze(params, TOKENS, CONFIG, checkpoint=tmp_path / "build")
+        refusals.append(error)
+        with pytest.raises(ValueError, match="another build is running"):
+            unfinished.check_free(tmp_path / "build")
+
+    tree = squeeze(params, TOKENS, CONFIG, progress=start_another, checkpoint=tmp_path / "build")
+    assert refusals
+    chex.assert_trees_all_equal(tree, squeeze(params, TOKENS, CONFIG))
+    assert not os.listdir(tmp_path)
+
+
+def test_the_folder_stays_until_the_tree_is_saved(two, tmp_path):
+    params, folders = two
+    folder = shutil.copytree(folders["one"], tmp_path / "build")
+
+    def fail(_):
+        assert len(list(folder.glob("layer-*.tree"))) == LAYERS
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        squeeze(params, TOKENS, CONFIG, checkpoint=folder, finished=fail)
+    unfinished.check_free(folder)
+    seen, stages = [], []
+    tree = squeeze(params, TOKENS, CONFIG, checkpoint=folder, finished=seen.append, progress=stages.append)
+    assert seen == [tree]
+    assert [progress.stage for progress in stages] == ["calibrating", "done"]  # no layer was built again
+    assert stages[0].remaining == 0
+    chex.assert_trees_all_equal(tree, squeeze(params, TOKENS, CONFIG))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["layer-0000.tree", "state.npz"])
+def test_a_full_disk_leaves_no_empty_folder(two, tmp_path, monkeypatch, where):
+    sync = os.fsync
+
+    def fail(descriptor):
+        if (where == "state.npz") == (tmp_path / "build" / "layer-0000.tree").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: .*{where}"):
+        squeeze(two[0], TOKENS, CONFIG, checkpoint=tmp_path / "build")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(two, tmp_path):
+    (tmp_path / "build").write_text("x")
+    with pytest.raises(ValueError, match="is a file where the folder"):
+        squeeze(two[0], TOKENS, CONFIG, checkpoint=tmp_path / "build")
 
 
 def test_models_in_memory_are_told_apart_by_their_weights():

@@ -1,8 +1,8 @@
 """L-Eval (https://github.com/OpenLMLab/LEval, arXiv 2307.11088): many questions about each document.
 
 A line of its files has input, the document; instructions, the questions; outputs, the right answers; and evaluation,
-how its authors score it: exam (exactly), f1, rouge, LLM. Here exam asks for the letters of the right choices, or for
-true or false, or for the answer to be in the reply; LLM, a judgement by another model, is replaced by F1.
+how its authors score it: exam (exactly), f1, rouge, LLM, human. Here exam asks for the letters of the right choices, or
+for true or false, or for the answer to be in the reply; judgements by a model or by people are replaced by F1.
 
 The prompt is L-Eval's in short: the document, the question, and that nothing but the answer is wanted, in the model's
 chat template where it has one. The document is fixed. In multidoc_qa, a conversation, every turn is asked by itself.
@@ -16,7 +16,7 @@ from benchmarks.public.samples import Item, not_blank, read_lines, strings
 
 HEAD = "Document is as follows.\n"
 QUESTION = "\n\nQuestion: {}\nPlease directly give the answer without any additional output or explanation.\nAnswer:"
-LENGTHS = {"exam": 32, "f1": 64, "LLM": 64, "rouge": 256}  # tokens of a reply
+LENGTHS = {"exam": 32, "f1": 64, "LLM": 64, "human": 64, "rouge": 256}  # tokens of a reply
 _CHOICE = re.compile(r"\(?([A-H]+)\)?(?=$|[\s.,:])")
 
 

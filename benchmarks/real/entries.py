@@ -18,11 +18,10 @@ from benchmarks.quality import methods as quality
 from benchmarks.quality.methods import Fixed, Method, everywhere
 from benchmarks.quality.variants import ABLATIONS
 from benchmarks.quality.variants import METHODS as QUALITY
-from benchmarks.real.index import find, index_bytes, look
+from benchmarks.real.index import index_bytes, look
 from benchmarks.real.passes import SINKS, Chosen
 from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds
 from squeezejax.offline.build import dimension_weights
-from squeezejax.pallas_kernels.interface import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,33 +113,25 @@ def exact(name: str, sinks: int = SINKS, in_denominator: bool = True) -> Entry:
 # ---- The library
 
 
+TOKENS = 64  # selected for at once
+
+
 @functools.cache
 def _library(estimate: bool):
     def choose(tree, log_T, layer, q):
-        S, H = tree.num_keys, tree.keys.shape[3]
+        S, H, R = tree.num_keys, tree.keys.shape[3], len(q)
 
-        def one(token):  # [N H]
-            mask, looked = look(tree, token, layer, log_T)
-            return mask, index_bytes(tree, looked) / (4.0 * S * H)
+        def some(q):
+            mask, looked, missed = look(tree, q, layer, log_T, estimate)
+            return mask, index_bytes(tree, looked) / (4.0 * S * H), missed
 
-        mask, read = jax.lax.map(one, q)
-        missed = estimated_log_mass(tree, log_T, layer, q) if estimate else None
-        return Chosen(mask.swapaxes(0, 1), read.T, missed=missed)
+        blocks = q.reshape(-1, math.gcd(R, TOKENS), *q.shape[1:])
+        found = jax.lax.map(some, blocks)
+        by_head = lambda x: jnp.swapaxes(x.reshape(R, *x.shape[2:]), 0, 1)
+        mask, read, missed = jax.tree.map(by_head, found)
+        return Chosen(mask, read, missed=missed)
 
     return choose
-
-
-def estimated_log_mass(tree, log_T, layer, q):
-    """Log of the mass that the library's own estimate gives to keys not kept: f32[K R G], q [R N H]."""
-    R, N, _ = q.shape
-    K = tree.keys.shape[1]
-    reading = Reading(log_T, missed_mass=True)
-
-    def one(token):  # [N H] -> f32[K G]
-        rest = find(tree, token, layer, reading).rest
-        return functools.reduce(jnp.logaddexp, [lse for _, lse in rest])[0]
-
-    return jax.lax.map(one, q).swapaxes(0, 1).reshape(K, R, N // K)
 
 
 def library(name: str, config: SqueezeConfig, estimate: bool = True) -> Entry:
@@ -156,12 +147,8 @@ def library(name: str, config: SqueezeConfig, estimate: bool = True) -> Entry:
         return calibrate(tree, fixed.queries)
 
     knob = lambda fixed, tree, sparsity: log_thresholds(tree, sparsity)
-    return Entry(name, build, _library(estimate), knob, "sparsity", config, config.sinks, asked=config.sparsity)
-
-
-def paper(**changes) -> SqueezeConfig:
-    """The paper's method."""
-    return SqueezeConfig.paper(**changes)
+    sinks = config.sinks
+    return Entry(name, build, _library(estimate), knob, "sparsity", config, sinks, asked=config.sparsity)
 
 
 # ---- KVzip (Kim et al., arXiv 2505.23416)
@@ -196,8 +183,8 @@ def entries() -> dict[str, Entry]:
         exact("exact, sinks in no denominator", in_denominator=False),
         exact("exact, sinks like any key", sinks=0, in_denominator=False),
         DEFAULT,
-        library("library paper", paper()),
-        library("library paper, flat 5 %", paper(cluster_fractions=(0.05,))),
+        library("library paper", SqueezeConfig.paper()),
+        library("library paper, flat 5 %", SqueezeConfig.paper(cluster_fractions=(0.05,))),
         KVZIP,
     ]
     found += [
@@ -213,4 +200,4 @@ def entries() -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
 
 
-__all__ = ["DEFAULT", "EXACT", "KVZIP", "Entry", "entries", "everywhere", "exact", "from_quality", "library", "paper"]
+__all__ = ["DEFAULT", "EXACT", "KVZIP", "Entry", "entries", "everywhere", "exact", "from_quality", "library"]

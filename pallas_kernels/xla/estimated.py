@@ -7,9 +7,9 @@ stands for everything below it.
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.xla.levelwise import aligned, centroid_dots, map_over, score_clusters
+from squeezejax.pallas_kernels.xla.levelwise import aligned, centroid_dots, score_clusters
 from squeezejax.pallas_kernels.xla.lists import Found, kept_runs
-from squeezejax.pallas_kernels.xla.softmax import MASKED
+from squeezejax.pallas_kernels.xla.softmax import MASKED, map_over
 
 
 def select(tree, q, valid, layer, reading) -> Found:
@@ -35,7 +35,7 @@ def descend(levels: tuple, q, valid, reading, margin: float):
     levels without the axes L and K; q [M H]; valid bool[M]; margin is the config's coarse_margin.
     """
     kepts, rest = [], []
-    given_up = jnp.full(len(q), MASKED)  # log of the mass that coarser levels have given up
+    given_up = jnp.full(len(q), MASKED, jnp.float32)  # log of the mass that coarser levels have given up
     for depth, level in enumerate(levels):
         alive = level.counts > 0
         if depth:
@@ -74,7 +74,8 @@ def _fewest(log_mass, given_up, valid, wanted):
     order = jnp.argsort(-mass, stable=True)
     before = jnp.cumsum(mass[order]) - mass[order]
     found = jnp.zeros(mass.shape, bool).at[order].set(before < wanted)
-    return jnp.where(wanted >= 1, jnp.any(valid), found)  # else sums might round to 1 before the last cluster
+    # Else sums might round to 1 before the last cluster; NaN, which a trace lets through, keeps everything too.
+    return jnp.where(wanted < 1, found, jnp.any(valid))
 
 
 def _attend_centroids(log_mass, left, values):

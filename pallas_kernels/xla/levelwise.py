@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from squeezejax.pallas_kernels import codes
 from squeezejax.pallas_kernels.xla.lists import Found, kept_runs
 from squeezejax.pallas_kernels.xla.look_up import look_up
-from squeezejax.pallas_kernels.xla.softmax import MASKED
+from squeezejax.pallas_kernels.xla.softmax import MASKED, map_over
 
 # With more query rows than this, matrix products dominate, and masking the dead is cheaper than listing the living.
 MOST_LISTED_ROWS = 64
@@ -23,15 +23,6 @@ MOST_LISTED_ROWS = 64
 def layer_level(level, layer):
     """One layer of a level: arrays [K …]; `layer` may be traced."""
     return jax.tree.map(lambda leaf: leaf[layer], level)
-
-
-def map_over(function, xs):
-    """`function` over the leading axis of xs: one by one on the CPU, all at once on accelerators.
-
-    XLA's CPU backend runs batched products and their reductions at a sixth of the speed of single ones.
-    """
-    one_by_one = lambda xs: jax.lax.map(function, xs)
-    return jax.lax.platform_dependent(xs, cpu=one_by_one, default=lambda xs: jax.vmap(function)(xs))
 
 
 def select(tree, q, valid, layer, log_T, *, context: str | None = None) -> Found:
@@ -147,7 +138,7 @@ class LogMean(NamedTuple):
     @classmethod
     def start(cls, shape):
         """No row yet."""
-        return cls(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(()))
+        return cls(jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32))
 
     def add(self, scores, valid) -> "LogMean":
         """Adds rows of log S f32[M C] where valid bool[M]."""

@@ -91,9 +91,9 @@ def _score_listed(level, q, head, children: Runs) -> _Scored:
 
     start = _Scored(
         ids=jnp.full((U, padded), C, jnp.int32),
-        dots=jnp.zeros((U, M, padded)),
-        top=jnp.full((U, M), MASKED),
-        total=jnp.zeros((U, M)),
+        dots=jnp.zeros((U, M, padded), jnp.float32),
+        top=jnp.full((U, M), MASKED, jnp.float32),
+        total=jnp.zeros((U, M), jnp.float32),
     )
     return jax.lax.fori_loop(0, _blocks(children, block), step, start)
 

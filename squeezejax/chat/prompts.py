@@ -5,13 +5,17 @@ tokens of its beginning, up to about the end of the context, are squeezed once; 
 and tokenize the short rest for any question, so that both parts together are exactly the whole prompt's tokens.
 """
 
+import contextlib
 import dataclasses
 import os
+import sys
+import time
 from pathlib import Path
 
 JOINT = "\n\n"  # between the context and the question
 STAND_IN = "⟨the squeezed context⟩"  # what later turns render in its place
 ANCHOR_LENGTH = 64  # characters before the cut that are tokenized along
+LONGEST_RENDERING = 10.0  # seconds; templates take milliseconds
 LONGEST_REST = 400  # characters of context that may be left for the question's side of the cut
 
 # Two questions with nothing in common tell what in a rendered prompt depends on the question.
@@ -58,8 +62,13 @@ def load_tokenizer(directory):
     from transformers import AutoTokenizer  # takes a second to import
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many types, the Rust library's own among them
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}: its tokenizer is a program of its own (auto_map), and such code is never run: save it as a "
+                "tokenizer.json where you trust it"
+            ) from error
         raise ValueError(f"{folder}: its tokenizer cannot be read ({_first_line(error)})") from error
 
 
@@ -83,14 +92,36 @@ def render(tokenizer, messages) -> str:
     """The text of a conversation up to where the model is to go on.
 
     By the tokenizer's chat template; without one, every message stands by itself, with a line break after the user's
-    and an empty line after the model's. Raises ValueError for messages that the template refuses.
+    and an empty line after the model's. Raises ValueError for messages that the template refuses, and for a template
+    that is not done in 10 seconds.
     """
     if not tokenizer.chat_template:
         return "".join(turn["content"] + ("\n" if turn["role"] == "user" else "\n\n") for turn in messages)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with _time_limit():
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the template's own code raises
         raise ValueError(f"the model's chat template cannot render the conversation ({_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _time_limit():
+    """TimeoutError in a template that runs for longer than LONGEST_RENDERING: Jinja's sandbox lets loops nest."""
+    end = time.monotonic() + LONGEST_RENDERING
+
+    def watch(frame, event, _):
+        if frame.f_code.co_filename != "<template>":
+            return None
+        if event == "line" and time.monotonic() > end:
+            raise TimeoutError(f"it is not done after {LONGEST_RENDERING:g} seconds")
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def whole_prompt_ids(tokenizer, messages) -> list[int]:

@@ -28,6 +28,7 @@ class Options:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    implementation: str | None = None  # None = the best, and dense attention where selecting cannot pay
 
 
 @dataclasses.dataclass
@@ -89,6 +90,7 @@ class Session:
                 temperature=options.temperature,
                 top_k=options.top_k,
                 top_p=options.top_p,
+                implementation=options.implementation,
                 key=jax.random.fold_in(key, number),
             )
             token = int(generation.tokens[0, 0])
@@ -123,6 +125,7 @@ class Session:
             capacity=_round_up(used + self._options.max_new_tokens, ROOM) - used,
             lengths=np.array([len(new)]),
             sparsity=self._options.sparsity,
+            implementation=self._options.implementation,
         )
         self._ids = list(ids)
 

@@ -13,17 +13,18 @@ import squeezejax
 from squeezejax import models
 from squeezejax.chat import prompts as chat
 from squeezejax.command_line.commands import (
-    EMBEDDED,
     asked_model,
     check_out,
     model_directory,
     read_context,
     read_model_config,
+    squeeze_config,
     warn_of_length,
 )
-from squeezejax.config import SqueezeConfig
+from squeezejax.command_line.trust import EMBEDDED, is_trusted, model_notes
 from squeezejax.memory import readable_bytes
-from squeezejax.offline.progress import draw_bar
+from squeezejax.offline import unfinished
+from squeezejax.offline.progress import Bar
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
@@ -32,38 +33,36 @@ def build(arguments):
     """`squeezejax build`."""
     context = read_context(arguments.context)
     check_out(arguments.out, arguments.force, arguments.context)
-    config = SqueezeConfig(
-        cluster_fractions=arguments.cluster_fractions,
-        observation_window=arguments.window,
-        sparsity=arguments.sparsity,
-        coarse_margin=arguments.coarse_margin,
-        query_block=arguments.query_block,
-        kmeans_iterations=arguments.kmeans_iterations,
-        kmeans_tolerance=arguments.kmeans_tolerance,
-        kmeans_swap_rounds=arguments.kmeans_swap_rounds,
-        cluster_granule=arguments.cluster_granule,
-        cluster_cap=arguments.cluster_cap,
-    )
+    config = squeeze_config(arguments)
     folder = model_directory(arguments.model)
     model_config = read_model_config(folder)
     tokenizer = chat.load_tokenizer(folder)
     ids, prompt = chat.split_prompt(tokenizer, context)
-    if len(ids) <= config.observation_window:
+    if len(ids) <= config.always_read:
         raise ValueError(
-            f"{arguments.context} has {len(ids)} tokens only, and the window takes {config.observation_window}: "
+            f"{arguments.context} has {len(ids)} tokens only, and sinks and window take {config.always_read}: "
             "nothing is left to squeeze; give a longer text or a smaller --window"
         )
     _check_vocabulary(ids, model_config)
     warn_of_length(len(ids), model_config)
+    # Beside the tree, and kept until that is safe on the disk.
+    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
+    if checkpoint is not None:
+        unfinished.check_free(checkpoint)
     watch = Watch(arguments.quiet)
     params = models.load(folder, dtype=arguments.dtype)
-    # On the disk of the tree, and larger: when it makes room for the tree, the tree fits.
-    checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
     key = jax.random.key(arguments.seed)
-    tree = squeezejax.squeeze(params, ids, config, key=key, progress=watch, checkpoint=checkpoint)
-    model = EMBEDDED if arguments.model == EMBEDDED else os.path.abspath(folder)
-    notes = {"model": model, "context": os.path.abspath(arguments.context), **prompt.to_notes()}
-    write_tree(arguments.out, tree, notes, len(ids), watch)
+    model = _model_name(arguments.model, folder)
+    notes = {**model_notes(model), "context": os.path.abspath(arguments.context), **prompt.to_notes()}
+    squeezejax.squeeze(
+        params,
+        ids,
+        config,
+        key=key,
+        progress=watch,
+        checkpoint=checkpoint,
+        finished=lambda tree: write_tree(arguments.out, tree, notes, len(ids), watch),
+    )
 
 
 class Watch:
@@ -71,14 +70,14 @@ class Watch:
 
     def __init__(self, quiet: bool):
         """The time runs from here."""
-        self._quiet, self._started = quiet, time.perf_counter()
+        self._show, self._started = None if quiet else Bar(), time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def __call__(self, progress):
         """One report."""
         self.seconds = dict(progress.seconds)
-        if not self._quiet:
-            draw_bar(progress)
+        if self._show is not None:
+            self._show(progress)
 
     def summary(self, writing: float) -> tuple[float, str]:
         """Seconds in all, and by kind of work; `writing` the tree came last."""
@@ -96,7 +95,8 @@ def write_tree(path, tree: Tree, notes: dict[str, str], num_tokens: int, watch: 
     size = readable_bytes(os.path.getsize(path))
     print(f"{path}: {num_tokens:,} tokens squeezed in {total:.1f} s, {size}")
     print(f"({spent})")
-    print(f'ask with: squeezejax ask --tree {shlex.quote(str(path))} "…"')
+    model = "" if is_trusted(notes) else f" --model {shlex.quote(notes.get('model', 'DIR'))}"
+    print(f'ask with: squeezejax ask --tree {shlex.quote(str(path))}{model} "…"')
 
 
 def append(arguments):
@@ -116,8 +116,14 @@ def append(arguments):
     warn_of_length(tree.context_length + len(ids), model_config)
     tree = squeezejax.append(params, tree, ids, key=jax.random.key(arguments.seed), progress=watch)
     sources = [header.notes.get("context", "?"), os.path.abspath(arguments.context)]
-    notes = {**header.notes, "context": ", ".join(sources), **prompt.to_notes()}
+    named = {} if arguments.model is None else model_notes(_model_name(arguments.model, folder))
+    notes = {**header.notes, **named, "context": ", ".join(sources), **prompt.to_notes()}
     write_tree(arguments.out, tree, notes, len(ids), watch)
+
+
+def _model_name(given: str, folder) -> str:
+    """How a tree's notes name the model that made it."""
+    return EMBEDDED if given == EMBEDDED else os.path.abspath(folder)
 
 
 def _check_vocabulary(ids, model_config):

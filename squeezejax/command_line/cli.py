@@ -8,7 +8,9 @@ import os
 import sys
 import traceback
 
-from squeezejax.command_line import grammar
+import squeezejax
+from squeezejax.chat.shown import shown_line
+from squeezejax.command_line import cache, grammar
 
 BAD_INPUT, FAILED, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141  # exit codes; 0 = done
 # What a caller can put right by another argument or another file; every other exception is a failure.
@@ -29,13 +31,19 @@ a first session:
 
 
 def main(argv=None) -> int:
-    """Runs one command and returns the exit code: 0 done, 2 wrong input, 1 failure, 130 interrupted."""
+    """Runs one command and returns the exit code: 0 done, 2 wrong input, 1 failure, 130 interrupted.
+
+    As a program, without argv, it also keeps what JAX compiles for the next time (`cache`).
+    """
+    _open_standard_streams()
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
         return 0
     try:
+        if argv is None:
+            cache.keep_compiled(arguments.compilation_cache)
         code = arguments.run(arguments)
         sys.stdout.flush()  # a reader that has gone away shows here rather than at exit
         return code or 0
@@ -49,8 +57,15 @@ def main(argv=None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"squeezejax {arguments.command}: {describe(error)}", file=sys.stderr)
+        print(f"squeezejax {arguments.command}: {shown_line(describe(error))}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, _CALLER_IS_WRONG) else FAILED
+
+
+def _open_standard_streams():
+    """Puts the null device where a caller has closed a standard stream, which Python then has as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the program runs
 
 
 def describe(error: Exception) -> str:
@@ -68,15 +83,23 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but errors take one line."""
 
     def error(self, message):
-        self.exit(BAD_INPUT, f"{self.prog}: {message} (try {self.prog} --help)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {shown_line(message)} (try {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole grammar of the command line; after parsing, `arguments.run(arguments)` does the work."""
     parser = _Parser("squeezejax", description=_INTRODUCTION, epilog=_FIRST_SESSION, formatter_class=grammar.Help)
-    parser.set_defaults(debug=False)
+    parser.add_argument("--version", action="version", version=f"squeezejax {squeezejax.__version__}")
+    parser.set_defaults(debug=False, compilation_cache=True)
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
     for add in grammar.COMMANDS:
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument(
+            "--no-compilation-cache",
+            action="store_false",
+            dest="compilation_cache",
+            help="keep nothing that JAX compiles for the next time (default: kept in the user's cache folder, or in "
+            "$JAX_COMPILATION_CACHE_DIR)",
+        )
     return parser

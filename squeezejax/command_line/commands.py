@@ -15,17 +15,18 @@ import numpy as np
 
 from squeezejax import models
 from squeezejax.chat import prompts as chat
+from squeezejax.chat.shown import shown, shown_line
 from squeezejax.chat.stream import Options, Session, pad
+from squeezejax.command_line.trust import EMBEDDED, check_trusted
+from squeezejax.config import SqueezeConfig
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
 from squeezejax.online.generate import dense_generate
+from squeezejax.online.select import resolve_thresholds
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
-
-EMBEDDED = "embedded"  # the name of the demo's model, in place of a directory
-
 
 # ---- files and models
 
@@ -44,9 +45,11 @@ def read_context(path) -> str:
 
 def check_out(path, force: bool, *inputs):
     """Raises an error unless a file may be written to path; a file that is there only with force, an input never."""
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # a link is followed, as `save` does
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file to write")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is a device or a pipe, no file; name a file to write")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} does not exist, so nothing can be written to {path}")
     if not os.access(target.parent, os.W_OK):
@@ -72,7 +75,7 @@ def read_model_config(folder: Path):
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint directory")
     try:
         return parse_config(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
+    except (ValueError, AttributeError, RecursionError) as error:  # AttributeError: JSON, but no object
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -85,6 +88,13 @@ def warn_of_length(tokens: int, model_config):
             "expect wrong answers",
             file=sys.stderr,
         )
+
+
+def squeeze_config(arguments) -> SqueezeConfig:
+    """The configuration that options name, the rest being the defaults or, with --paper, the paper's."""
+    names = {field.name for field in dataclasses.fields(SqueezeConfig)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return SqueezeConfig.paper(**given) if arguments.paper else SqueezeConfig(**given)
 
 
 # ---- ask
@@ -124,14 +134,17 @@ def ask(arguments):
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        implementation=arguments.implementation,
     )
     asking = _Asking(params, tree, tokenizer, prompt, options, arguments.stats)
+    if not arguments.dense:
+        _say_if_dense(asking)
     if arguments.chat:
         return _chat(asking, list(arguments.questions))
     session = Session(params, tree, options)
     for number, (question, ids) in enumerate(zip(arguments.questions, asked, strict=True)):
         if len(asked) > 1:
-            print(("\n" if number else "") + f"> {question}")
+            print(("\n" if number else "") + f"> {shown(question)}")
         if arguments.dense:
             _answer_densely(asking, ids, number)
         else:
@@ -139,6 +152,18 @@ def ask(arguments):
             _answer(asking, session, ids)
     if context is not None:
         _explain(asking, ids, session.ids[len(ids) :], context, arguments)
+
+
+def _say_if_dense(asking: _Asking):
+    """Says on standard error that every key will be read, though a sparsity was asked for, and why."""
+    tree, options = asking.tree, asking.options
+    sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
+    if sparsity > 0 and np.all(np.asarray(resolve_thresholds(tree, sparsity, None, options.implementation)) == -np.inf):
+        print(
+            f"squeezejax: every key is read: in a text of {tree.context_length:,} tokens, at sparsity {sparsity:g}, "
+            "choosing keys would take longer than reading all (--implementation xla chooses them anyway)",
+            file=sys.stderr,
+        )
 
 
 def _check_ask(arguments):
@@ -176,11 +201,12 @@ def _read_squeezed(arguments, tokenizer, header) -> list[int]:
 
 
 def asked_model(model: str | None, notes: dict[str, str]) -> Path:
-    """The checkpoint directory given, or else the one that a tree's notes name, if it is there."""
+    """The checkpoint directory given, or else the one that the notes of a tree of this user name, if it is there."""
     if model is not None:
         return model_directory(model)
     if "model" not in notes:
         raise ValueError("the tree does not say which model made it: give --model")
+    check_trusted(notes)
     folder = model_directory(notes["model"])
     if not folder.is_dir():
         raise FileNotFoundError(f"the tree was made with the model in {folder}, which is gone: say with --model where")
@@ -204,7 +230,7 @@ def _answer(asking: _Asking, session: Session, ids) -> str:
 
 def _show(piece: str, first: bool) -> str:
     piece = piece.lstrip() if first else piece
-    print(piece, end="", flush=True)
+    print(shown(piece), end="", flush=True)
     return piece
 
 
@@ -223,6 +249,7 @@ def _answer_densely(asking: _Asking, ids, number: int):
             top_k=options.top_k,
             top_p=options.top_p,
             stop_tokens=options.stop_tokens,
+            implementation=options.implementation,
             key=jax.random.fold_in(jax.random.key(options.seed), number),
         )
         return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
@@ -232,7 +259,7 @@ def _answer_densely(asking: _Asking, ids, number: int):
     started = time.perf_counter()
     tokens = run()
     seconds = time.perf_counter() - started
-    print(chat.decode(asking.tokenizer, tokens).strip())
+    print(shown(chat.decode(asking.tokenizer, tokens).strip()))
     if asking.stats:
         rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
         print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
@@ -252,7 +279,9 @@ def _explain(asking: _Asking, question: list[int], answer: list[int], context: l
         sparsity=asking.tree.config.sparsity if options.sparsity is None else options.sparsity,
         tree=os.path.basename(arguments.tree),
     )
-    found = explain(asking.params, asking.tree, question, answer, sparsity=options.sparsity)
+    found = explain(
+        asking.params, asking.tree, question, answer, sparsity=options.sparsity, implementation=options.implementation
+    )
     with storage.replacing(os.path.realpath(arguments.explain)) as file:
         file.write(explain_page.render(found, about).encode())
     print(f"[what was read, as a page for a browser: {arguments.explain}]", file=sys.stderr)
@@ -281,5 +310,5 @@ def _next_turn(given: list[str]) -> str:
     else:
         question = sys.stdin.readline().strip()
     if question:
-        print(f"you> {question}", flush=True)
+        print(f"you> {shown_line(question)}", flush=True)
     return question

@@ -7,7 +7,6 @@ import statistics
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +14,8 @@ import numpy as np
 from squeezejax import models
 from squeezejax.chat import prompts as chat
 from squeezejax.chat.stream import pad
-from squeezejax.command_line.commands import EMBEDDED, check_out, model_directory
+from squeezejax.command_line.commands import check_out, model_directory
+from squeezejax.command_line.trust import EMBEDDED
 from squeezejax.config import SqueezeConfig
 from squeezejax.models.embedded import text
 from squeezejax.offline.squeeze import squeeze
@@ -53,7 +53,8 @@ def demo(arguments):
     _introduce(document, len(ids), params)
     tree = squeeze(params, ids, SqueezeConfig(sparsity=arguments.sparsity), progress=True)
     if arguments.out is not None:
-        Path(text_file).write_text(document.text, encoding="utf-8")
+        with storage.replacing(os.path.realpath(text_file)) as file:
+            file.write(document.text.encode())
         notes = {"model": EMBEDDED, "context": os.path.abspath(text_file), **prompt.to_notes()}
         storage.save(arguments.out, tree, notes)
     print(f"\nAnswers at sparsity {arguments.sparsity:g}, dense and squeezed in turn (compiling first):", flush=True)
@@ -114,13 +115,13 @@ def what_next(out: str | None, question: str, lost: bool) -> str:
         "squeezejax build --help": "your own text, and any Llama, Mistral or Qwen checkpoint",
     }
     if out is not None:
-        tree = shlex.quote(out)
+        tree = f"{shlex.quote(out)} --implementation {IMPLEMENTATION}"  # as the answers above
         del commands["squeezejax demo --out demo.tree"]
         commands = {
             f'squeezejax ask --tree {tree} --stats "{question}"': "",
             f"squeezejax ask --tree {tree} --chat": "ask in the words of the questions above",
             f'squeezejax ask --tree {tree} --explain page.html "{question}"': "see what was read",
-            f"squeezejax info {tree}": "what the squeezed text holds",
+            f"squeezejax info {shlex.quote(out)}": "what the squeezed text holds",
             **commands,
         }
     lines = [f"  {command:40} {purpose}".rstrip() for command, purpose in commands.items()]

@@ -1,8 +1,9 @@
 """The arguments of every command: what `squeezejax COMMAND --help` explains."""
 
 import argparse
-import os
-import sys
+import itertools
+import shutil
+import textwrap
 
 from squeezejax.command_line.kinds import at_least, count_or_none, fraction, fractions, mesh, not_negative, positive
 from squeezejax.config import SqueezeConfig
@@ -12,17 +13,16 @@ DEMO_TOKENS = 4096  # a length at which the embedded model answers nearly everyt
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and one column for all options."""
+    """As wide as the terminal, up to 110: paragraphs are filled, indented lines stay; one column for all options."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=min(110, max(60, _columns())))
+        width = min(110, max(20, shutil.get_terminal_size((100, 24)).columns - 2))
+        super().__init__(prog, max_help_position=min(30, width // 2), width=width)
 
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns - 2
-    except (OSError, ValueError, AttributeError):
-        return 98
+    def _fill_text(self, text, width, indent):
+        blocks = itertools.groupby(text.splitlines(), key=lambda line: not line or line[0].isspace())
+        lines = (group if as_it_is else textwrap.wrap(" ".join(group), width) for as_it_is, group in blocks)
+        return "\n".join(indent + line for block in lines for line in block)
 
 
 def _command(commands, name: str, summary: str, description: str, run):
@@ -97,58 +97,61 @@ same command goes on from there.""",
         help="of weights, keys and values (default: float32 on a CPU, elsewhere the checkpoint's)",
     )
     config = command.add_argument_group("how to squeeze")
-    _add_clusters(config)
-    config.add_argument(
-        "--sparsity",
-        type=fraction,
-        metavar="X",
-        default=_DEFAULTS.sparsity,
-        help="fraction of keys to drop unless `ask` says otherwise, 0 to 1 (default: 0.9)",
+    _add_index(config)
+    _add_field(
+        config,
+        "sparsity",
+        fraction,
+        "X",
+        f"fraction of keys to drop unless `ask` says otherwise, 0 to 1 (default: {_DEFAULTS.sparsity:g})",
     )
-    config.add_argument(
-        "--coarse-margin",
-        type=float,
-        default=_DEFAULTS.coarse_margin,
-        metavar="X",
-        help="the coarsest level keeps X times the keys wanted in the end (default: 4)",
+    _add_field(
+        config,
+        "coarse_loss",
+        fraction,
+        "X",
+        "share of what should be kept that each coarser level may lose (default: {})",
     )
-    config.add_argument(
-        "--query-block",
-        type=count_or_none,
-        default=_DEFAULTS.query_block,
-        metavar="TOKENS",
-        help="tokens of a question that share one selection, or `none` for all of them (default: 128)",
+    _add_field(
+        config,
+        "coarse_margin",
+        float,
+        "X",
+        "with --score mean, the coarsest level keeps X times the keys wanted in the end (default: {})",
     )
-    config.add_argument(
-        "--kmeans-iterations",
-        type=at_least(0),
-        default=_DEFAULTS.kmeans_iterations,
-        metavar="N",
-        help="rounds of clustering (default: 7)",
+    _add_field(
+        config,
+        "query_block",
+        count_or_none,
+        "TOKENS",
+        "tokens of a question that share one selection, or `none` for all of them (default: {})",
     )
-    config.add_argument(
-        "--kmeans-tolerance",
-        type=float,
-        default=_DEFAULTS.kmeans_tolerance,
-        metavar="X",
-        help="relative gain below which iterations stop early (default: 0)",
+    _add_field(
+        config,
+        "cluster_segment",
+        count_or_none,
+        "TOKENS",
+        "keys are clustered in runs of about so many tokens, or `none` for all at once (default: {})",
     )
-    config.add_argument(
-        "--kmeans-swap-rounds",
-        type=at_least(0),
-        default=_DEFAULTS.kmeans_swap_rounds,
-        metavar="N",
-        help="how many of the rounds also move clusters to where they gain more (default: 5)",
+    _add_field(config, "kmeans_iterations", at_least(0), "N", "rounds of clustering (default: {})")
+    _add_field(
+        config, "kmeans_tolerance", float, "X", "relative gain below which iterations stop early (default: {:g})"
     )
-    config.add_argument(
-        "--cluster-granule",
-        type=at_least(1),
-        metavar="ROWS",
-        help="clusters of whole granules of so many keys (default: 8 for 16-bit keys, which GPU kernels read, else 1)",
+    _add_field(
+        config,
+        "kmeans_swap_rounds",
+        at_least(0),
+        "N",
+        "how many of the rounds also move clusters to where they gain more (default: {})",
     )
-    config.add_argument(
-        "--cluster-cap", type=float, metavar="X", help="no cluster larger than X times the mean (default: any size)"
+    _add_field(
+        config,
+        "cluster_granule",
+        at_least(1),
+        "ROWS",
+        "clusters of whole granules of so many keys (default: 8 for 16-bit keys, which GPU kernels read, else 1)",
     )
+    _add_field(config, "cluster_cap", float, "X", "no cluster larger than X times the mean (default: any size)")
     return command
 
 
@@ -161,22 +164,64 @@ def _add_work(command):
     )
 
 
-def _add_clusters(group):
+def _add_field(group, field: str, kind, metavar: str | None, text: str, *, option: str | None = None, **options):
+    """One option of a configuration; left out, the default is that of `SqueezeConfig`, or of its paper's method."""
+    option = option or f"--{field.replace('_', '-')}"
+    names = {} if metavar is None else {"metavar": metavar}
+    text = text.format(getattr(_DEFAULTS, field))
+    group.add_argument(option, dest=field, type=kind, default=argparse.SUPPRESS, help=text, **names, **options)
+
+
+def _add_index(group):
     """The options on which a tree's size depends."""
     group.add_argument(
-        "--cluster-fractions",
-        type=fractions,
-        default=_DEFAULTS.cluster_fractions,
-        metavar="F,F",
-        help="clusters per key, coarse to fine; one number for a single level (default: 0.01,0.05)",
+        "--paper", action="store_true", help="start from the method of the paper instead of the defaults below"
     )
-    group.add_argument(
-        "--window",
-        type=at_least(0),
-        default=_DEFAULTS.observation_window,
-        metavar="TOKENS",
-        help="last tokens of the text: always read, never clustered, and the measure of what matters "
-        f"(default: {_DEFAULTS.observation_window})",
+    _add_field(
+        group,
+        "cluster_fractions",
+        fractions,
+        "F,F",
+        "clusters per key, coarse to fine; one number for a single level (default: "
+        f"{','.join(f'{f:g}' for f in _DEFAULTS.cluster_fractions)})",
+    )
+    _add_field(
+        group,
+        "observation_window",
+        at_least(0),
+        "TOKENS",
+        "last tokens of the text: always read, never clustered, and the measure of what matters (default: {})",
+        option="--window",
+    )
+    _add_field(
+        group, "sinks", at_least(0), "TOKENS", "first tokens of the text: always read, never clustered (default: {})"
+    )
+    _add_field(
+        group, "index_bits", int, None, "of each number of a cluster's mean (default: {})", choices=(32, 16, 8, 4)
+    )
+    _add_field(
+        group,
+        "key_bits",
+        int,
+        None,
+        "of each number of a single key's code; 0: clusters are kept whole (default: {})",
+        choices=(0, 1, 2, 4),
+    )
+    _add_field(
+        group,
+        "cluster_metric",
+        str,
+        None,
+        "what is near: `slow` where RoPE turns little, `cosine` as in the paper (default: {})",
+        choices=("slow", "cosine"),
+    )
+    _add_field(
+        group,
+        "score",
+        str,
+        None,
+        "of a cluster: with a term for its spread, or its mean's alone, as in the paper (default: {})",
+        choices=("variance", "mean"),
     )
 
 
@@ -198,7 +243,9 @@ The new text follows the old one after an empty line.""",
     required.add_argument("--tree", required=True, metavar="OLD", help="what `build` or `append` wrote")
     required.add_argument("--context", required=True, metavar="FILE", help="the text to add, UTF-8")
     required.add_argument("--out", required=True, metavar="TREE", help="file to write; with --force also OLD")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that OLD names, if you built it)"
+    )
     _add_work(command)
     return command
 
@@ -220,13 +267,21 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     )
     command.add_argument("questions", nargs="*", metavar="QUESTION", help="in quotes")
     command.add_argument("--tree", required=True, metavar="TREE", help="what `build` wrote (required)")
-    command.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names)")
+    command.add_argument(
+        "--model", metavar="DIR", help="checkpoint directory (default: the one that TREE names, if you built it)"
+    )
     command.add_argument(
         "--chat", action="store_true", help="read further turns from the terminal; an empty line ends the chat"
     )
     command.add_argument("--sparsity", type=fraction, metavar="X", help=_SPARSITY.replace("0.9", "as built"))
     command.add_argument(
         "--dense", action="store_true", help="read every key of the text instead: the answer to compare with"
+    )
+    command.add_argument(
+        "--implementation",
+        choices=("xla", "mosaic"),
+        help="choose keys by this one, even where reading all would be faster (default: the best, and every key where "
+        "choosing does not pay)",
     )
     command.add_argument("--stats", action="store_true", help="after each answer, keys kept and tokens per second")
     command.add_argument(
@@ -311,13 +366,13 @@ Exit code 1: it cannot fit in --device-memory.""",
         "--question-tokens", type=at_least(1), default=128, metavar="N", help="of each user (default: 128)"
     )
     command.add_argument("--new-tokens", type=at_least(1), default=128, metavar="N", help="of answer (default: 128)")
-    command.add_argument("--sparsity", type=fraction, metavar="X", default=_DEFAULTS.sparsity, help=_SPARSITY)
+    _add_field(command, "sparsity", fraction, "X", _SPARSITY)
     command.add_argument("--dtype", choices=_DTYPES, help="of weights, keys and values (default: the checkpoint's)")
     command.add_argument("--device-memory", type=positive, metavar="GB", help="of each device: does it fit?")
     command.add_argument(
         "--bandwidth", type=positive, metavar="GB/S", help="of each device's memory: how long a step takes at least"
     )
-    _add_clusters(command)
+    _add_index(command)
     command.add_argument("--json", action="store_true", help="for programs")
     return command
 

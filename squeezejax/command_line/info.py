@@ -3,30 +3,37 @@
 import dataclasses
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from squeezejax.chat.shown import shown_line
 from squeezejax.memory import readable_bytes
-from squeezejax.offline.calibrate import log_thresholds
+from squeezejax.offline.thresholds import log_thresholds
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
+# In JSON those below a space are escaped already; a line break here is one of the layout.
+_UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHOWN_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def info(arguments):
     """`squeezejax info`."""
     content = describe_tree(arguments.tree)
-    print(json.dumps(content, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_lines(content)))
+    if arguments.json:
+        print(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(content, indent=2, ensure_ascii=False)))
+    else:
+        print("\n".join(map(shown_line, _lines(content))))
 
 
 def describe_tree(path) -> dict:
     """What `info --json` prints, from the header and the small tensors; keys and values are not read."""
     header = storage.read_header(path)
     L, K, _, H = header.tensors["keys"].shape
-    window = header.tensors["window_keys"].shape[2]
+    always_read = header.tensors["window_keys"].shape[2]
     with safe_open(path, framework="numpy") as tensors:
         counts = [tensors.get_tensor(f"levels.{i}.counts") for i in range(header.config.num_levels)]
         table = {}
@@ -36,9 +43,10 @@ def describe_tree(path) -> dict:
         "file": os.path.abspath(path),
         "bytes": os.path.getsize(path),
         "version": header.version,
-        "tokens": header.num_keys + window,
+        "tokens": header.num_keys + always_read,
         "clustered_keys": header.num_keys,
-        "window": window,
+        "sinks": header.config.sinks,
+        "window": always_read - header.config.sinks,
         "layers": L,
         "kv_heads": K,
         "head_dim": H,
@@ -76,8 +84,10 @@ def _lines(content: dict):
     """`describe_tree` for people."""
     config = content["config"]
     yield f"{content['file']} ({readable_bytes(content['bytes'])}, format version {content['version']})"
-    yield f"context      {content['tokens']:,} tokens: {content['clustered_keys']:,} clustered, then a window of " + (
-        f"{content['window']:,} that is always read"
+    sinks = f"{content['sinks']:,} sinks that are always read, " if content["sinks"] else ""
+    yield (
+        f"context      {content['tokens']:,} tokens: {sinks}{content['clustered_keys']:,} clustered, then a window "
+        + (f"of {content['window']:,} that is always read")
     )
     yield (
         f"model        {content['layers']} layers, {content['kv_heads']} key/value heads of {content['head_dim']}, "
@@ -89,6 +99,10 @@ def _lines(content: dict):
             f"{name:12} {number}: {level['clusters']:,} clusters a head, of {level['smallest']:,} to "
             f"{level['largest']:,} keys, {level['mean']:.1f} on average"
         )
+    bits = {bits: f"{bits} bits" for bits in (1, 2, 4, 8)} | {0: "none", 16: "bfloat16", 32: "float32"}
+    yield f"index        {config['cluster_metric']} clusters in {bits[config['index_bits']]}, codes of keys: " + (
+        f"{bits[config['key_bits']]}, score {config['score']}"
+    )
     yield f"sparsity     {config['sparsity']:g} unless asked otherwise; selections shared by " + (
         f"{config['query_block'] or 'all'} tokens of a question"
     )
@@ -96,9 +110,10 @@ def _lines(content: dict):
         yield "thresholds   none: the tree is not calibrated"
     else:
         yield "thresholds   sparsity  " + "  ".join(f"{p:>8}" for p in content["log_thresholds"])
-        for number in range(len(content["levels"])):
+        names = [*range(1, len(content["levels"]) + 1), *(["k"] if config["key_bits"] else [])]  # k: of single keys
+        for number, name in enumerate(names):
             row = (thresholds[number] for thresholds in content["log_thresholds"].values())
-            yield f"{'':12} log T, {number + 1}  " + "  ".join(f"{value:8.2f}" for value in row)
+            yield f"{'':12} log T, {name}  " + "  ".join(f"{value:8.2f}" for value in row)
     yield f"context hash {content['context_sha256'] or 'unknown'}"
     for name, text in content["notes"].items():
         yield f"{'notes' if name == next(iter(content['notes'])) else '':12} {name} = {text!r}"

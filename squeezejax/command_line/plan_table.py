@@ -6,8 +6,7 @@ import json
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from squeezejax.command_line.commands import model_directory, read_model_config
-from squeezejax.config import SqueezeConfig
+from squeezejax.command_line.commands import model_directory, read_model_config, squeeze_config
 from squeezejax.memory import readable_bytes
 from squeezejax.models.llama import Llama
 from squeezejax.plan import Plan, plan
@@ -23,11 +22,7 @@ def plan_command(arguments):
     params = jax.eval_shape(lambda: Llama(model, key=jax.random.key(0), dtype=dtype))
     axes = dict(arguments.mesh)
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    config = SqueezeConfig(
-        cluster_fractions=arguments.cluster_fractions,
-        observation_window=arguments.window,
-        sparsity=arguments.sparsity,
-    )
+    config = squeeze_config(arguments)
     options = {"users": arguments.users, "room": arguments.question_tokens + arguments.new_tokens}
     made = plan(params, arguments.context_tokens, config, mesh=mesh, **options)
     if arguments.json:
@@ -78,8 +73,9 @@ def _memory_lines(made: Plan, device_memory: float | None):
         "weights": memory.weights,
         "keys and values": memory.keys_values,
         "centroids": memory.centroids,
+        "codes of keys": memory.key_codes,
         "index, thresholds": memory.index,
-        "window": memory.window,
+        "sinks and window": memory.window,
         "users' own tokens": memory.state,
         "answering, at least": memory.answering,
         "answering, about": memory.answering + memory.temporaries,
@@ -87,6 +83,8 @@ def _memory_lines(made: Plan, device_memory: float | None):
         "building, about": memory.build_peak,
     }
     for name, size in rows.items():
+        if name == "codes of keys" and not size:
+            continue
         yield f"  {name:20}{_gigabytes(size)}"
     if device_memory is not None:
         yield f"  {'the device has':20}{_gigabytes(device_memory * GB)}  {_verdict(made, device_memory * GB)}"
@@ -111,12 +109,15 @@ def _read_lines(made: Plan, bandwidth: float | None):
     rows = {
         "  weights": (dense.weights, squeezed.weights),
         **{name: (0, size) for name, size in zip(levels, squeezed.centroids, strict=False)},
+        "  codes of keys": (0, squeezed.key_codes),
         "  keys and values": (dense.keys_values, squeezed.keys_values),
-        "  window": (dense.window, squeezed.window),
+        "  sinks and window": (dense.window, squeezed.window),
         "  users' own tokens": (dense.own, squeezed.own),
         "  in all": (dense.total, squeezed.total),
     }
     for name, (before, after) in rows.items():
+        if not before and not after:
+            continue
         yield f"{name:22}{_gigabytes(before)}{_gigabytes(after):>22}"
     if bandwidth is not None:
         least, less = (f"{reads.total / bandwidth / 1e6:.3g} ms" for reads in (dense, squeezed))

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from squeezejax.chat.shown import shown, shown_line
 from squeezejax.explain.answer import Explanation
 from squeezejax.explain.text import Piece, passages
 
@@ -45,6 +46,7 @@ class About:
 
 def render(found: Explanation, about: About) -> str:
     """The page."""
+    about = _shown(about)
     S = found.head_kept.shape[2]
     L, K = found.kept.shape[1:]
     parts = passages(about.context, S)
@@ -86,6 +88,19 @@ def render(found: Explanation, about: About) -> str:
         },
         codes=_pack(codes),
         grid=_pack(_grid(found)),
+    )
+
+
+def _shown(about: About) -> About:
+    """Control characters are shown as they are written in programs: pages know none, and some turn a text around."""
+    pieces = lambda found: [dataclasses.replace(piece, text=shown(piece.text)) for piece in found]
+    return dataclasses.replace(
+        about,
+        question=shown(about.question),
+        answer=pieces(about.answer),
+        dense_answer=None if about.dense_answer is None else shown(about.dense_answer),
+        context=pieces(about.context),
+        tree=shown_line(about.tree),
     )
 
 

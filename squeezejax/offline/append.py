@@ -91,9 +91,8 @@ def _join(tree: Tree, index, part: Tree) -> Tree:
 
     The keys of `part` follow those of the tree in the context, and its window is the new one.
     """
-    whole = dataclasses.replace(
-        tree, sparsities=None, thresholds=None, block_thresholds=None, denominators=None, context_hash=None
-    )
+    of_old = ("sparsities", "thresholds", "block_thresholds", "denominators", "missed_masses", "context_hash")
+    whole = dataclasses.replace(tree, **dict.fromkeys(of_old))
     old, new = _packed(jax.tree.map(lambda leaf: leaf[index], whole)), _packed(part)
     S = old.num_keys + new.num_keys
     padding = padding_rows(S, old.keys.dtype)

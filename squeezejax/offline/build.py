@@ -54,11 +54,11 @@ def build_tree(
     clustering = clustering_of(config, weights)
     if weights is not None and len(weights) != H:
         raise ValueError(f"weights must be H = {H} numbers, one a dimension, got {len(weights)}")
+    if not isinstance(keys, jax.core.Tracer):
+        for i in range(L):
+            check_finite(keys[i], values[i], i)
     if labels is None:
         seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
-        if not isinstance(keys, jax.core.Tracer):
-            for i in range(L):
-                check_finite(keys[i], values[i], i)
         layers = [build_layer(keys[i], values[i], config, seeds[i], clustering, implementation) for i in range(L)]
     else:
         clusters = _check_labels(labels, keys, config)

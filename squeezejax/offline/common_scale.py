@@ -4,7 +4,8 @@ Three things come of the window's queries (docs/method.md, Calibration):
 
 - for every query head, how the denominator that clusters give has to be corrected, log true ≈ a + b · log estimated;
 - the finest level's threshold for every sparsity: a quantile of the scores of all keys to all queries;
-- the thresholds of the levels above, so low that they lose `config.coarse_loss` of what the finest would keep.
+- the thresholds of the levels above, so low that they lose `config.coarse_loss` of what the finest would keep;
+- what that costs: the share of these queries' exact attention that goes to keys not kept, at every sparsity.
 
 Scores are counted in bins, so that memory does not grow with the context; a bin is far narrower than 1e-3 of a score.
 """
@@ -36,6 +37,7 @@ class _Counts(NamedTuple):
 
     finest: jax.Array  # f32[2 bins]
     joint: jax.Array  # f32[2, levels above, bins of the finest level, bins of that level]
+    mass: jax.Array  # f32[bins of the finest level, bins of the one above], attention to the keys, of single queries
 
 
 def table(tree: Tree, queries) -> dict[str, jax.Array]:
@@ -48,13 +50,15 @@ def table(tree: Tree, queries) -> dict[str, jax.Array]:
         total = counts if total is None else jax.tree.map(np.add, total, counts)
     one, block = (
         _thresholds(finest, joint, GRID.astype(np.float64), tree.config.coarse_loss)
-        for finest, joint in zip(*total, strict=True)
+        for finest, joint in zip(total.finest, total.joint, strict=True)
     )
+    all_mass = queries.shape[0] * queries.shape[1] * queries.shape[2]
     return {
         "sparsities": jnp.asarray(GRID),
         "thresholds": jnp.asarray(one, jnp.float32),
         "block_thresholds": jnp.asarray(block, jnp.float32),
         "denominators": jnp.stack(denominators),
+        "missed_masses": jnp.asarray(_missed(total.mass / all_mass, one), jnp.float32),
     }
 
 
@@ -98,7 +102,7 @@ class _Head(NamedTuple):
 
     levels: tuple
     rows: "_Rows"
-    sinks: jax.Array  # [s H]
+    always: jax.Array  # [s+W H], sinks and window
 
 
 class _Rows(NamedTuple):
@@ -111,8 +115,7 @@ class _Rows(NamedTuple):
 
 
 def _read_by(tree: Tree) -> _Head:
-    sinks = tree.window_keys[:, :, : tree.config.sinks]
-    return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), sinks)
+    return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), tree.window_keys)
 
 
 def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str | None):
@@ -121,7 +124,8 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str
     turned = codes.rotate(plain)
     half_square = jnp.sum(plain * plain, axis=1) / 2
     product = functools.partial(jnp.einsum, "RH,MH->RM", precision=jax.lax.Precision.HIGHEST)
-    sink_scores = product(here.sinks.astype(jnp.float32), plain)
+    always_scores = product(here.always.astype(jnp.float32), plain)
+    sink_scores = always_scores[: config.sinks]
     dots = [common_scale.cluster_dots(level, plain, turned) for level in here.levels]
     scores = [
         dots + level.spreads.astype(jnp.float32)[:, None] * half_square[None, :]
@@ -140,6 +144,10 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str
     by_chunk = jax.lax.map(mass, rows)
     true = common_scale.denominator(by_chunk, jnp.ones(len(by_chunk), jnp.int32), sink_scores, context)
     fitted = _fit(lse.reshape(W, G), true.reshape(W, G))
+    # All that a query attends to: the last of W queries sees the whole window, the one before all but its last token.
+    seen = jnp.arange(config.observation_window)[:, None] - (config.observation_window - W) <= jnp.arange(W)[None, :]
+    window_scores = jnp.where(jnp.repeat(seen, G, axis=1), always_scores[config.sinks :], MASKED)
+    everything = jnp.logaddexp(true, _log_sum(window_scores))
     lse = common_scale.correct(lse.reshape(W, G), fitted[None]).reshape(-1)
 
     # log A of every level's clusters, then of keys, to one query at a time, [items W], and to all of them, [items 1].
@@ -163,11 +171,28 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str
         live = (rows.order >= 0).astype(jnp.float32)[:, None]
         finest = jnp.stack([_count(x, live) for x in of_rows])
         joint = [[_count_pairs(x, scores[i][owner], live) for scores, owner in above] for i, x in enumerate(of_rows)]
-        return _Counts(total.finest + finest, total.joint + (jnp.array(joint) if above else 0.0)), None
+        mass = jnp.exp(product(rows.keys.astype(jnp.float32), plain) - everything[None, :])
+        mass = live * jnp.sum(mass.reshape(-1, W, G), axis=2)
+        highest = above[-1][0][0][above[-1][1]] if above else jnp.full(mass.shape, HIGHEST)
+        found = _Counts(
+            total.finest + finest,
+            total.joint + (jnp.array(joint) if above else 0.0),
+            total.mass + _count_pairs(of_rows[0], highest, mass),
+        )
+        return found, None
 
     size = _num_bins(COARSE)
-    nothing = _Counts(jnp.zeros((2, _num_bins(FINE))), jnp.zeros((2, config.num_thresholds - 1, size, size)))
+    nothing = _Counts(
+        jnp.zeros((2, _num_bins(FINE))),
+        jnp.zeros((2, config.num_thresholds - 1, size, size)),
+        jnp.zeros((size, size)),
+    )
     return fitted, jax.lax.scan(count, nothing, (rows, cluster))[0]
+
+
+def _log_sum(scores):
+    """log Σ exp over the leading axis, which may be empty: f32[M]."""
+    return jax.nn.logsumexp(jnp.pad(scores, ((0, 1), (0, 0)), constant_values=MASKED), axis=0)
 
 
 def _in_chunks(rows, order: int):
@@ -208,6 +233,16 @@ def _count_pairs(finest, above, weights):
     n = _num_bins(COARSE)
     pairs = _bin(finest, COARSE) * n + _bin(above, COARSE)
     return jnp.zeros(n * n).at[pairs].add(jnp.broadcast_to(weights, pairs.shape)).reshape(n, n)
+
+
+def _missed(mass, log_T) -> np.ndarray:
+    """The mass f64[P] of keys not kept at log T f64[levels P]; mass as in `_Counts`, as a share of all attention."""
+    kept = np.cumsum(np.cumsum(mass[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]  # at or above a bin of both
+    kept = np.pad(kept, ((0, 1), (0, 1)))
+    bins = lambda row: np.clip(np.ceil((np.clip(row, LOWEST, HIGHEST) - LOWEST) * COARSE).astype(int), 0, len(mass))
+    finest = bins(log_T[-1])
+    above = bins(log_T[-2]) if len(log_T) > 1 else np.zeros_like(finest)
+    return np.where(np.isneginf(log_T[-1]), 0.0, mass.sum() - kept[finest, above])
 
 
 def _thresholds(finest, joint, grid, loss: float) -> np.ndarray:

@@ -24,6 +24,8 @@ class Progress:
     @property
     def remaining(self) -> float:
         """Seconds to go, were the rest as fast as what this run did; ∞ before it has done anything."""
+        if self.done >= self.total:
+            return 0.0
         done = self.done - self.skipped
         return self.elapsed * (self.total - self.done) / done if done else float("inf")
 
@@ -32,7 +34,7 @@ class Reporter:
     """Turns the finished work of a build's layers, each of `layer_work` operations, into `Progress`."""
 
     def __init__(self, num_layers: int, layer_work: float, progress: Callable[[Progress], None] | bool | None):
-        self._show = draw_bar if progress is True else progress or None
+        self._show = Bar() if progress is True else progress or None
         self._layers, self._layer_work = num_layers, layer_work
         self._started = time.monotonic()
         self._skipped = 0.0
@@ -63,13 +65,22 @@ class Reporter:
             self._show(Progress(stage, done, total, elapsed, self._skipped, dict(self._seconds)))
 
 
-def draw_bar(progress: Progress):
-    """A bar on standard error; where that is no terminal, its last state only."""
-    done = progress.stage == "done"
-    if not done and not sys.stderr.isatty():
-        return
-    fraction = progress.done / progress.total
-    bar = "█" * round(30 * fraction)
-    rest = f"{progress.elapsed:.1f} s" if done else f"{progress.stage}, {progress.remaining:.0f} s left"
-    end = "\n" if done else ""
-    print(f"\rsqueezing {bar:░<30} {fraction:4.0%}  {rest}          ", end=end, file=sys.stderr, flush=True)
+class Bar:
+    """Draws a bar on standard error; where that is no terminal, writes a line now and then instead."""
+
+    def __init__(self, seconds: float = 30.0):
+        """`seconds`: how long a log waits for its next line, at least."""
+        self._seconds, self._told = seconds, 0.0
+
+    def __call__(self, progress: Progress):
+        """Shows one report."""
+        done = progress.stage == "done"
+        fraction = progress.done / progress.total
+        rest = f"{progress.elapsed:.1f} s" if done else f"{progress.stage}, {progress.remaining:.0f} s left"
+        if sys.stderr is not None and sys.stderr.isatty():
+            bar = "█" * round(30 * fraction)
+            end = "\n" if done else ""
+            print(f"\rsqueezing {bar:░<30} {fraction:4.0%}  {rest}          ", end=end, file=sys.stderr, flush=True)
+        elif done or progress.elapsed - self._told >= self._seconds:
+            self._told = progress.elapsed
+            print(f"squeezing {fraction:4.0%}  {rest}", file=sys.stderr, flush=True)

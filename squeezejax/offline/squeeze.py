@@ -5,6 +5,7 @@ keys so far), then its keys are clustered and written into the tree. Beside the 
 layer's keys and values are alive, and scores of one chunk.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from squeezejax.offline.progress import Progress, Reporter
 from squeezejax.offline.unfinished import Unfinished
 from squeezejax.online.attention import attend_context
 from squeezejax.pallas_kernels import registry
-from squeezejax.pallas_kernels.xla.dense import attend_cached
+from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.plan import check_build_fits
 from squeezejax.tree import Tree
 
@@ -47,6 +48,7 @@ def squeeze(
     key=None,
     progress: Callable[[Progress], None] | bool | None = None,
     checkpoint=None,
+    finished: Callable[[Tree], None] | None = None,
     implementation: str | None = None,
 ) -> Tree:
     """Prefills, clusters and calibrates a fixed context once, for any number of questions (paper section 3.1).
@@ -55,12 +57,13 @@ def squeeze(
     same key gives the same tree. `progress`: True draws a bar on standard error, a function receives `Progress`.
     `checkpoint` names a folder that keeps every finished layer: after an interruption, the same call goes on from
     there to the same tree, bit for bit. It is removed when the tree is complete, takes as much room as the tree and
-    the hidden states of the context together, and must not belong to another build. `implementation` of the
+    the hidden states of the context together, and must not belong to another build. `finished` receives the complete
+    tree before the checkpoint is removed: save the tree there, and no kill can lose it. `implementation` of the
     clustering, as for `kmeans`.
 
     Raises ValueError for token ids out of range, a context no longer than the observation window, a model whose keys
-    are not finite, a checkpoint of another build or a damaged one, and a build that surely does not fit in memory;
-    NotImplementedError for a checkpoint on several hosts.
+    are not finite, a checkpoint of another build, a damaged one or one that a running build uses, and a build that
+    surely does not fit in memory; NotImplementedError for a checkpoint on several hosts.
     """
     tokens = check_context(tokens, params.config.vocab_size)
     length = tokens.shape[1]
@@ -70,12 +73,26 @@ def squeeze(
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = config.observation_window or min(FALLBACK_QUERIES, length)
     digest = hash_tokens(tokens)
-    clustering = clustering_for(params, config, length)
     report = Reporter(L, layer_work(params.config, length, config), progress)
 
+    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
+    with saved or contextlib.nullcontext():
+        tree, queries = _build(params, tokens, config, seeds, num_queries, saved, report, implementation)
+        tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
+        tree = finish(tree, queries, report)
+        if finished is not None:
+            finished(tree)
+        if saved is not None:
+            saved.remove()
+    return tree
+
+
+def _build(params, tokens, config, seeds, num_queries: int, saved: Unfinished | None, report, implementation):
+    """All layers -> (an uncalibrated tree, a list with the last queries [N W H] of every layer)."""
+    L, length = params.config.num_layers, tokens.shape[1]
+    clustering = clustering_for(params, config, length)
     x = embed_chunked(params, tokens)
     tree, queries = None, []
-    saved = None if checkpoint is None else Unfinished(checkpoint, params, digest, config, seeds)
     if saved is not None and saved.num_layers:
         for i in range(saved.num_layers):
             tree = write_layer(tree, _beside(x, saved.layer(i)), i, L)
@@ -93,11 +110,7 @@ def squeeze(
             with report.spend("checkpoints"):
                 saved.write(i, layer, queries, x)
         del layer
-    tree = dataclasses.replace(tree, fingerprint=params.config.fingerprint, context_hash=digest)
-    tree = finish(tree, queries, report)
-    if saved is not None:
-        saved.remove()
-    return tree
+    return tree, queries
 
 
 def _beside(x, layer: Tree) -> Tree:
@@ -179,11 +192,7 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
         written = jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
         written = sharding.constrain(params, written, "2BTKH")
         context = None if before is None else attend_context(before, q, index)
-        if sharding.mesh_of(params) is None:
-            backend = registry.choose(registry.resolve(None), "attend_chunk", q, written[0])
-            return (written, q[0]), backend.attend_chunk(q, written[0], written[1], start, context)
-        # The library's kernel would have to be told how a mesh splits tokens and heads.
-        return (written, q[0]), attend_cached(q, written[0], written[1], start, before=context)
+        return (written, q[0]), _attend_chunk(params, q, written, start, context)
 
     first = 0 if before is None else before.context_length
     part = jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
@@ -193,6 +202,35 @@ def _prefill_chunk(params, layer, x, cache, start, before: Tree | None, index, c
     part, (cache, q) = params.apply_layer(layer, part, positions, attend)
     x = jax.lax.dynamic_update_slice_in_dim(x, sharding.constrain(params, part, "BTE"), start, axis=1)
     return sharding.constrain(params, x, "BTE"), cache, q
+
+
+def _attend_chunk(params, q, cache, start, before):
+    """Dense causal attention of q [1 T N H] from position `start` on over a cache [2 1 T' K H] -> f32[1 T N H].
+
+    `before`, (out [1 T K G H], lse), is the attention to a context that comes before. On a mesh every device takes its
+    heads and its share of the tokens.
+    """
+    backend = registry.choose(registry.resolve(None), "attend_chunk", q, cache[0])
+    mesh = sharding.mesh_of(params)
+    if mesh is None:
+        return backend.attend_chunk(q, cache[0], cache[1], start, before)
+    by_token = sharding.spec(mesh, "BXNH", q.shape)
+    splits = by_token[1] or ()
+    splits = (splits,) if isinstance(splits, str) else splits
+    if before is not None:  # by query heads, which several devices of a group share
+        before = before[0].reshape(q.shape), before[1].reshape(q.shape[:-1])
+
+    def attend_here(q, cache, start, before):
+        K = cache.shape[3]
+        if before is not None:
+            before = split_heads(before[0], K), before[1].reshape(*q.shape[:2], K, -1)
+        start += jax.lax.axis_index(splits) * q.shape[1] if splits else 0
+        return backend.attend_chunk(q, cache[0], cache[1], start, before)
+
+    whole, of_cache = sharding.spec(mesh, ""), sharding.spec(mesh, "2BTKH", cache.shape)
+    of_before = None if before is None else (by_token, sharding.spec(mesh, "BXN", q.shape[:-1]))
+    call = sharding.map_shards(attend_here, mesh, (by_token, of_cache, whole, of_before), by_token)
+    return call(q, cache, jnp.asarray(start, jnp.int32), before)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"), keep_unused=True)

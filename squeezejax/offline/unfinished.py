@@ -4,7 +4,8 @@
     state.npz           what the next layer needs: hidden states, the calibration queries so far, how many layers
 
 The state is replaced last and atomically, so that it never counts a layer that is not there. It names the build: model,
-context, configuration and random seeds; a zip file, it has a CRC-32 of its own, as tree files do.
+context, configuration and random seeds, and so does every layer file, by a digest of all these and its own number: a
+file of another build, or of another layer, is refused. While a build runs it holds a lock on the folder.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -22,18 +24,31 @@ import numpy as np
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STATE = "state.npz"
+
 
 class Unfinished:
-    """The folder of one build; `num_layers` of its layers are finished."""
+    """The folder of one build, locked while this is open; `num_layers` of its layers are finished.
+
+    A context manager: leaving it unlocks the folder, and removes it where no layer was finished.
+    """
 
     def __init__(self, folder, params, context_hash, config, seeds):
-        """Opens or makes the folder. Raises ValueError for one that holds another build, or anything else."""
+        """Opens or makes the folder. Raises ValueError for one that holds another build, or anything else.
+
+        And for one in which another build is running; NotImplementedError on several hosts.
+        """
         if jax.process_count() > 1:
             raise NotImplementedError(
                 "finished layers are kept by a single process: give no checkpoint on several hosts"
             )
         self.folder = Path(folder)
-        self._state = self.folder / "state.npz"
+        self._state = self.folder / STATE
         self._build = {
             "model": _identity(params),
             "dtype": str(jax.tree.leaves(params)[0].dtype),
@@ -41,45 +56,73 @@ class Unfinished:
             "configuration": json.dumps(dataclasses.asdict(config), sort_keys=True, default=int),
             "seeds": np.asarray(jax.random.key_data(seeds)).tobytes().hex(),
         }
+        self._most_layers = params.config.num_layers
         self._context_hash, self._fingerprint = context_hash, params.config.fingerprint
         self.num_layers = 0
-        if self._state.exists():
-            with self._reading() as state:
-                self._check(json.loads(str(state["build"])))
-                self.num_layers = int(state["num_layers"])
-        elif self.folder.exists() and set(self.folder.iterdir()) - set(self._ours()):
-            raise ValueError(f"{self.folder} holds something else than an unfinished build: name another folder")
+        _refuse_others(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        try:
+            if self._state.exists():
+                found = self._read("build", "num_layers")
+                self._check(json.loads(str(found["build"])))
+                self._require(found["num_layers"].shape == ())
+                self.num_layers = int(found["num_layers"])
+                self._require(0 < self.num_layers <= self._most_layers)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def __enter__(self) -> "Unfinished":
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            if not self.num_layers:  # a first layer may have been written in part, or the disk be full
+                self.remove()
+        self._unlock()
 
     def layer(self, index: int) -> Tree:
-        """A finished layer, its arrays without the axis L."""
+        """A finished layer, its arrays without the axis L. Raises ValueError for one of another build."""
+        file = self._layer(index)
         try:
-            layer = storage.load(self._layer(index))
+            notes = storage.read_header(file).notes
+            layer = storage.load(file)
         except (storage.TreeFileError, FileNotFoundError) as error:
             raise ValueError(f"{error}: remove {self.folder} to build anew") from error
+        if notes != self._notes(index):
+            raise ValueError(f"{file} is of another build, or another layer: remove {self.folder} to build anew")
         layer = dataclasses.replace(layer, fingerprint=None, context_hash=None)  # marks of a finished tree
         return jax.tree.map(lambda leaf: leaf[0], layer)
 
     def state(self, like):
-        """(queries of every finished layer, hidden states that the last one left), of the dtype and place of `like`."""
-        with self._reading() as state:
-            # NumPy files know no bfloat16: its bits come back as two nameless bytes.
-            queries, x = (state[name].view(like.dtype) for name in ("queries", "x"))
+        """(queries of every finished layer, hidden states that the last one left), of the dtype and place of `like`.
+
+        Raises ValueError where these are not the ones that were written with the number of layers.
+        """
+        found = self._read("seal", "queries", "x")
+        # NumPy files know no bfloat16: its bits come back as two nameless bytes.
+        same = all(found[name].dtype.itemsize == like.dtype.itemsize for name in ("queries", "x"))
+        self._require(same and found["x"].shape == like.shape and len(found["queries"]) == self.num_layers)
+        self._require(str(found["seal"]) == self._seal(self.num_layers, found["queries"], found["x"]))
+        queries, x = (found[name].view(like.dtype) for name in ("queries", "x"))
         return list(jnp.asarray(queries)), jax.device_put(x, like.sharding)
 
     def write(self, index: int, layer: Tree, queries: list, x):
         """Layer `index` is finished: its arrays, without the axis L, all queries up to it, and what comes out of it."""
         layer = jax.tree.map(lambda leaf: leaf[None], layer)
         layer = dataclasses.replace(layer, fingerprint=self._fingerprint, context_hash=self._context_hash)
-        storage.save(self._layer(index), layer)
+        storage.save(self._layer(index), layer, self._notes(index))
+        arrays = {"x": np.asarray(x), "queries": np.stack([np.asarray(q) for q in queries])}
+        seal = self._seal(index + 1, arrays["queries"], arrays["x"])
         with storage.replacing(str(self._state)) as file:
-            arrays = {"x": np.asarray(x), "queries": np.stack([np.asarray(q) for q in queries])}
-            np.savez(file, build=json.dumps(self._build), num_layers=index + 1, **arrays)
+            np.savez(file, build=json.dumps(self._build), num_layers=index + 1, seal=seal, **arrays)
+        self.num_layers = index + 1
 
     def remove(self):
         """Removes what the build has written, and the folder if nothing else is in it."""
         # The state first: layers without it are no build that could be resumed.
-        for path in (self._state, *self._ours()):
+        for path in (self._state, *_ours(self.folder)):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
@@ -87,11 +130,18 @@ class Unfinished:
     def _layer(self, index: int) -> Path:
         return self.folder / f"layer-{index:04}.tree"
 
-    def _ours(self) -> list[Path]:
-        """Layers, and temporary files that a killed process left behind."""
-        return [*self.folder.glob("layer-[0-9]*.tree"), *self.folder.glob(".squeezejax-*.tmp")]
+    def _notes(self, index: int) -> dict[str, str]:
+        """What the file of layer `index` says of itself."""
+        build = json.dumps(self._build, sort_keys=True)
+        return {"layer": str(index), "build": hashlib.sha256(f"{index} {build}".encode()).hexdigest()}
 
-    def _check(self, build: dict):
+    def _seal(self, num_layers: int, queries: np.ndarray, x: np.ndarray) -> str:
+        """Binds the arrays of a state to the build and the number of layers that made them."""
+        sums = [zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in (queries, x)]
+        return hashlib.sha256(f"{self._notes(num_layers)} {sums}".encode()).hexdigest()
+
+    def _check(self, build):
+        self._require(isinstance(build, dict))
         differ = [name for name, value in self._build.items() if build.get(name) != value]
         if differ:
             raise ValueError(
@@ -99,13 +149,70 @@ class Unfinished:
                 "remove the folder to build anew"
             )
 
-    @contextlib.contextmanager
-    def _reading(self):
+    def _require(self, condition):
+        if not condition:
+            raise ValueError(f"{self._state} is damaged: remove {self.folder} to build anew")
+
+    def _read(self, *names: str) -> dict[str, np.ndarray]:
+        """Arrays of the state by name."""
         try:
             with open(self._state, "rb") as file, np.load(file) as state:
-                yield state
-        except (zipfile.BadZipFile, EOFError, KeyError, json.JSONDecodeError) as error:
+                found = {name: state[name] for name in names}
+                if "build" in found:
+                    json.loads(str(found["build"]))
+                return found
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"{self._state} is damaged: remove {self.folder} to build anew") from error
+
+    def _unlock(self):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def check_free(folder):
+    """Raises ValueError for a folder in which a build is running, or that holds something else; writes nothing."""
+    folder = Path(folder)
+    _refuse_others(folder)
+    if folder.exists() and (lock := lock_folder(folder)) is not None:
+        os.close(lock)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """A descriptor that keeps others from locking the folder until it is closed; None where systems cannot lock.
+
+    Raises ValueError for a folder that is locked.
+    """
+    while fcntl is not None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ValueError(f"another build is running in {folder}: wait for it, or name another folder") from error
+        except OSError:  # some network drives cannot
+            os.close(descriptor)
+            return None
+        # Whoever held the lock may have removed the folder meanwhile: then make it again, and lock that one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _refuse_others(folder: Path):
+    """Raises ValueError unless a folder holds an unfinished build, is empty or is not there."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file where the folder of an unfinished build should be: remove or rename it")
+    if folder.is_dir() and not (folder / STATE).exists() and set(folder.iterdir()) - set(_ours(folder)):
+        raise ValueError(f"{folder} holds something else than an unfinished build: name another folder")
+
+
+def _ours(folder: Path) -> list[Path]:
+    """Layers, and temporary files that a killed process left behind."""
+    return [*folder.glob("layer-[0-9]*.tree"), *folder.glob(".squeezejax-*.tmp")]
 
 
 def _identity(params) -> str:

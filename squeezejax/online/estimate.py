@@ -17,8 +17,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.xla.levelwise import map_over
 from squeezejax.pallas_kernels.xla.lists import cluster_of_rows
+from squeezejax.pallas_kernels.xla.softmax import map_over
 from squeezejax.tree import Tree
 
 

@@ -10,8 +10,12 @@ and pays where that is below 1. The numbers come from measurements on two CPU co
 (benchmarks/NOTES.md, Online); f is taken as 1 − sparsity, which a decode step seldom exceeds.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
+from squeezejax.arguments import check_number
 from squeezejax.tree import Tree
 
 LOOK_UP = 0.10
@@ -26,6 +30,10 @@ def dense_if_cheaper(tree: Tree, sparsity, log_T):
     """
     _, K, _, H = tree.keys.shape
     read = 2 * K * H * tree.keys.dtype.itemsize * tree.num_keys
-    kept = 1 - jnp.asarray(sparsity, jnp.float32)
-    cost = LOOK_UP + READ_BY_LIST * kept + OVERHEAD / read
-    return jnp.where((cost >= 1) & (kept > 0), -jnp.inf, log_T)
+    return _dense_if_cheaper(check_number("sparsity", sparsity), log_T, LOOK_UP + OVERHEAD / read, READ_BY_LIST)
+
+
+@functools.partial(jax.jit, static_argnames=("fixed", "by_list"))
+def _dense_if_cheaper(sparsity, log_T, fixed: float, by_list: float):
+    kept = 1 - sparsity
+    return jnp.where((fixed + by_list * kept >= 1) & (kept > 0), -jnp.inf, log_T)

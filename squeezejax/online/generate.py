@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.arguments import check_lengths, check_model, check_tokens
+from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
 from squeezejax.online.attention import attend_user
 from squeezejax.online.reading import Estimate, dense_reading, reading_of
-from squeezejax.online.sampling import Sampling, sample, sampling_of
+from squeezejax.online.sampling import Sampling, check_users, log_probability, sample, sampling_of
 from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.tree import Tree
 
@@ -60,6 +60,7 @@ class Generation:
     lengths: jax.Array  # i32[B], generated tokens, the stop token counted
     kept_fraction: jax.Array  # f32[B], kept clustered keys / S, mean over layers, key/value heads and decode steps
     prefill_kept_fraction: jax.Array  # f32[B], the same for the user's tokens
+    log_probabilities: jax.Array  # f32[B n], of each token by the model, before temperature, top-k and top-p; then 0
     missed_mass: jax.Array | None = None  # f32[B], estimated attention to keys not kept, of all attention; mean over
     # layers, heads and decode steps (estimate.py); None without an `Estimate`
 
@@ -84,8 +85,10 @@ def generate(
 
     tokens i32[B T] or i32[T]; `lengths` i32[B] for ragged, right-padded batches: every user gets the tokens that their
     input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window) may be traced and
-    compiles nothing again. Greedy unless `temperature` > 0, which needs `key`. A user is done after any of
-    `stop_tokens`. `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
+    compiles nothing again. Greedy unless `temperature` > 0, which needs `key`: keys [B] are the users' own, and each
+    draws what it draws alone with its key; of one key, user b draws with `jax.random.fold_in(key, b)`. `temperature`,
+    `top_k` and `top_p` are one number, or [B]. A user is done after any of `stop_tokens` (ids, or [B n] for different
+    ones a user). `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
     "mosaic".
 
     `estimate`: what centroids are to tell of the keys that are not read, `Estimate(...)`; `missed_mass` of the answer
@@ -145,9 +148,7 @@ def prefill(
     B, T = tokens.shape
     lengths = check_lengths(lengths, B, T)
     sharding.check_users(tree, B)
-    extra = DEFAULT_ROOM if capacity is None else capacity
-    if extra < 0:
-        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    extra = DEFAULT_ROOM if capacity is None else check_whole("capacity", capacity)
     if state is None:
         check_state_fits(params, tree, B, T + extra)
         state = empty_state(params, tree, B, T + extra)
@@ -181,8 +182,9 @@ def decode(
     used up ends there, with fewer tokens and nothing overwritten.
     """
     check_model(params, tree)
-    _check_count(num_tokens)
+    num_tokens = check_whole("the number of tokens to generate", num_tokens, 1)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    check_users(sampling, state.lengths.shape[0])
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     state = _with_room(state, num_tokens)
     return _decode(params, tree, state, reading, sampling, num_tokens)
@@ -194,7 +196,8 @@ def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Samplin
     tokens = check_tokens(tokens, params.config.vocab_size)
     lengths = check_lengths(lengths, *tokens.shape)
     sharding.check_users(tree, tokens.shape[0])
-    _check_count(max_new_tokens)
+    max_new_tokens = check_whole("max_new_tokens, the number of tokens to generate,", max_new_tokens, 1)
+    check_users(sampling, tokens.shape[0])
     check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
     return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
 
@@ -225,6 +228,7 @@ class _Loop(NamedTuple):
     step: jax.Array  # i32[]
     state: State
     tokens: jax.Array  # i32[B n]
+    log_probabilities: jax.Array  # f32[B n]
     newest: jax.Array  # i32[B], the token generated last
     active: jax.Array  # bool[B], not stopped
     lengths: jax.Array  # i32[B], tokens generated
@@ -237,22 +241,28 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
     """Up to num_tokens tokens a user; the loop ends early when every user has stopped."""
     tree = sharding.local_numbers(tree)
     B = state.lengths.shape[0]
-    keys = jax.random.split(sampling.key, num_tokens)
 
     def step(loop: _Loop) -> _Loop:
         state = loop.state
         active = loop.active & (state.lengths < state.room)
-        token = jnp.where(active, sample(state.logits, sampling, keys[loop.step]), loop.newest)
+        token = jnp.where(
+            active,
+            sample(state.logits, sampling, sampling.key, loop.step),
+            loop.newest,
+        )
         count = active.astype(jnp.int32)
         x, cache, shares = forward(params, tree, state, token[:, None], count, reading)
         add = lambda total, share: total + jnp.where(active, share, 0.0)
         kept, missed = jax.tree.map(add, (loop.kept, loop.missed), shares)
         logits = jnp.where(active[:, None], params.unembed(x)[:, 0], state.logits)
-        stopped = jnp.any(token[:, None] == sampling.stop_tokens[None, :], axis=1)
+        stopped = jnp.any(token[:, None] == sampling.stop_tokens, axis=1)
         return _Loop(
             step=loop.step + 1,
             state=State(*cache, state.lengths + count, logits, state.kept_fraction),
             tokens=loop.tokens.at[:, loop.step].set(token),
+            log_probabilities=loop.log_probabilities.at[:, loop.step].set(
+                jnp.where(active, log_probability(state.logits, token), 0.0)
+            ),
             newest=token,
             active=active & ~stopped,
             lengths=loop.lengths + count,
@@ -265,11 +275,12 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         step=jnp.int32(0),
         state=state,
         tokens=jnp.zeros((B, num_tokens), jnp.int32),
+        log_probabilities=jnp.zeros((B, num_tokens), jnp.float32),
         newest=zeros,
         active=jnp.ones(B, bool),
         lengths=zeros,
-        kept=jnp.zeros(B),
-        missed=jnp.zeros(B) if reading.estimates else None,
+        kept=jnp.zeros(B, jnp.float32),
+        missed=jnp.zeros(B, jnp.float32) if reading.estimates else None,
     )
     with jax.named_scope("decode"):
         loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
@@ -278,6 +289,7 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         # Steps that never ran are padding too: every user repeats its stop token.
         tokens=jnp.where(jnp.arange(num_tokens)[None, :] < loop.step, loop.tokens, loop.newest[:, None]),
         lengths=loop.lengths,
+        log_probabilities=loop.log_probabilities,
         kept_fraction=loop.kept / steps,
         prefill_kept_fraction=state.kept_fraction,
         missed_mass=None if loop.missed is None else loop.missed / steps,
@@ -308,7 +320,8 @@ def forward(params, tree: Tree, state: State, tokens, counts, reading: Reading, 
         shares = jax.tree.map(jnp.add, shares, (found.kept, found.missed))
         return (keys, values, shares, see(seen, layer, q, found)), found.out
 
-    shares = jnp.zeros(B), jnp.zeros(B) if reading.estimates else None
+    zeros = jnp.zeros(B, jnp.float32)
+    shares = zeros, zeros if reading.estimates else None
     x = sharding.constrain(tree, params.embed(tokens), "BTD")
     carry = (state.keys, state.values, shares, seen)
     x, (keys, values, shares, seen) = params.run_layers(x, tree.context_length + row, attend, carry)
@@ -343,8 +356,8 @@ def empty_state(params, tree: Tree, B: int, room: int) -> State:
         keys=jnp.zeros(shape, tree.keys.dtype),
         values=jnp.zeros(shape, tree.keys.dtype),
         lengths=jnp.zeros(B, jnp.int32),
-        logits=jnp.zeros((B, config.vocab_size)),
-        kept_fraction=jnp.zeros(B),
+        logits=jnp.zeros((B, config.vocab_size), jnp.float32),
+        kept_fraction=jnp.zeros(B, jnp.float32),
     )
     return sharding.constrain(tree, state)
 
@@ -359,10 +372,9 @@ def _with_room(state: State, num_tokens: int) -> State:
         return state
     # Growing by whole blocks keeps the number of compiled shapes small.
     rows = -(-missing // DEFAULT_ROOM) * DEFAULT_ROOM
-    grow = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))
-    return dataclasses.replace(state, keys=grow(state.keys), values=grow(state.values))
+    return dataclasses.replace(state, keys=_grow(state.keys, rows), values=_grow(state.values, rows))
 
 
-def _check_count(num_tokens: int):
-    if num_tokens < 1:
-        raise ValueError(f"the number of tokens to generate must be at least 1, got {num_tokens}")
+@functools.partial(jax.jit, static_argnames="rows")  # an eager pad would send its zero to the device
+def _grow(cache, rows: int):
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from squeezejax.arguments import concrete
+from squeezejax.arguments import check_number, on_device
 from squeezejax.offline.thresholds import block_log_thresholds
 from squeezejax.offline.thresholds import log_thresholds as log_thresholds_at
 from squeezejax.online.fallback import dense_if_cheaper
@@ -44,13 +43,14 @@ def reading_of(
     Raises ValueError for options that exclude each other, are out of range, or need what the tree lacks;
     NotImplementedError for an implementation that cannot run here or cannot estimate.
     """
-    name = registry.resolve(implementation)
     if estimate is None:
+        name = registry.resolve(implementation)
         return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), implementation=name)
     if not isinstance(estimate, Estimate):
         raise ValueError(f"estimate must be a squeezejax.Estimate, such as Estimate(tail=True), got {estimate!r}")
-    if implementation not in (None, "xla"):
+    if implementation != "xla" and implementation in registry.names():
         raise NotImplementedError("estimates run as plain XLA: use implementation=None or 'xla'")
+    registry.resolve(implementation)  # refuses a name that is unknown
     if estimate.tail and any(level.value_centroids is None for level in tree.levels):
         raise ValueError("tail=True needs a tree with value centroids: tree = squeezejax.add_value_centroids(tree)")
     options = {"tail": bool(estimate.tail), "missed_mass": True, "implementation": "xla"}
@@ -58,11 +58,7 @@ def reading_of(
         return Reading(*thresholds(tree, sparsity, log_thresholds, implementation), **options)
     if sparsity is not None or log_thresholds is not None:
         raise ValueError("give min_mass, sparsity or log_thresholds, not two of them")
-    if concrete(estimate.min_mass) and not 0 < estimate.min_mass <= 1:
-        raise ValueError(f"min_mass must be above 0 and at most 1, got {estimate.min_mass}")
-    min_mass = jnp.asarray(estimate.min_mass, jnp.float32)
-    if min_mass.ndim:
-        raise ValueError(f"min_mass must be one number, got shape {min_mass.shape}")
+    min_mass = check_number("min_mass", estimate.min_mass, 0, 1, wanted="in [0, 1]")
     return Reading(min_mass=min_mass, **options)
 
 
@@ -79,14 +75,13 @@ def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None 
     """
     if log_thresholds is None:
         sparsity = tree.config.sparsity if sparsity is None else sparsity
-        if concrete(sparsity) and math.isnan(sparsity):
-            raise ValueError("sparsity must be a number, got NaN")
+        sparsity = check_number("sparsity", sparsity)
         found = log_thresholds_at(tree, sparsity), block_log_thresholds(tree, sparsity)
         cheaper = lambda log_T: None if log_T is None else dense_if_cheaper(tree, sparsity, log_T)
         return tuple(map(cheaper, found)) if implementation is None else found
     if sparsity is not None:
         raise ValueError("give sparsity or log_thresholds, not both")
-    log_T = jnp.asarray(log_thresholds, jnp.float32)
+    log_T = on_device(log_thresholds, jnp.float32)
     wanted = tree.config.num_thresholds
     if log_T.shape != (wanted,):
         raise ValueError(f"log_thresholds must be f32[{wanted}], one a level, got shape {log_T.shape}")

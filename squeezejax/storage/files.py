@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import secrets
 import zlib
 
@@ -36,8 +37,15 @@ from squeezejax.storage.header import (
     encode,
     parse_header,
 )
-from squeezejax.storage.values import check_values
+from squeezejax.storage.values import check_finite, check_values
 from squeezejax.tree import Level, Tree
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_TEMPORARY = re.compile(r"\.squeezejax-[0-9a-f]{16}\.tmp")
 
 
 def save(path, tree: Tree, notes: dict[str, str] | None = None):
@@ -49,8 +57,8 @@ def save(path, tree: Tree, notes: dict[str, str] | None = None):
 
     Raises ValueError for a tree that `load` would refuse, FileNotFoundError for a directory that does not exist and
     IsADirectoryError for a path that is one, all before anything is written; OSError when writing fails, in every
-    process. An exception removes the temporary file, a killed process leaves it behind (`.squeezejax-….tmp`, safe to
-    delete).
+    process. An exception removes the temporary file; a killed process leaves it behind (`.squeezejax-….tmp`), and the
+    next save to the same directory removes it.
     """
     path = _writable(path)
     leaves = _named_leaves(tree)
@@ -90,6 +98,11 @@ def load(path, params=None, *, mesh=None) -> Tree:
             rows = _aligned_copy(rows) if on_cpu and mesh is None else rows
             if zlib.crc32(rows.reshape(-1).view(np.uint8)) != tensor.crc32:
                 raise TreeFileError(f"is altered: its tensor {name} does not match its checksum")
+            if name.endswith(("keys", "values")):
+                try:
+                    check_finite(name, rows)
+                except ValueError as error:
+                    raise TreeFileError(f"is not a valid squeezejax tree: {error}") from error
             # On one device, done with the map before the next one.
             leaves[name] = rows if mesh is not None else jax.block_until_ready(jax.device_put(rows))
         try:
@@ -168,7 +181,13 @@ def _write(path: str, header: Header, pieces):
         # Checksums come first in the file and are known last; their digits have a fixed number.
         file.seek(len(encode(header)))
         for name, piece in pieces:
-            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            rows = np.ascontiguousarray(piece)
+            if name.endswith(("keys", "values")):
+                try:
+                    check_finite(name, rows)
+                except ValueError as error:
+                    raise ValueError(f"cannot save this tree: {error}") from error
+            data = rows.reshape(-1).view(np.uint8)
             checksums[name] = zlib.crc32(data, checksums[name])
             file.write(data)
         tensors = {name: dataclasses.replace(header.tensors[name], crc32=crc32) for name, crc32 in checksums.items()}
@@ -182,7 +201,7 @@ def _write_together(path: str, header: Header, pieces):
     try:
         if jax.process_index() == 0:
             _write(path, header, pieces)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         failure = error
     for _ in pieces:  # also after a failure: the other processes are waiting to hand over theirs
         pass
@@ -195,19 +214,69 @@ def _write_together(path: str, header: Header, pieces):
 
 @contextlib.contextmanager
 def replacing(path: str):
-    """A file to write in the block; at its end it is on the disk and takes the name, an exception removes it."""
-    temporary = os.path.join(os.path.dirname(path), f".squeezejax-{secrets.token_hex(8)}.tmp")
+    """A file to write in the block; at its end it is on the disk and takes the name, an exception removes it.
+
+    It is never open to more people than the file that it replaces. What killed processes left behind beside it is
+    removed first. An OSError of the system names `path`.
+    """
+    _sweep(os.path.dirname(path))
+    temporary, file, lock = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut could keep the new name and lose the new bytes
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
+            error.filename, error.filename2 = path, None
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     _sync_directory(os.path.dirname(path))
+
+
+def _temporary(path: str):
+    """(name, file, lock) of a new file beside path; whoever can lock it knows that it is abandoned."""
+    mode = 0o666
+    with contextlib.suppress(FileNotFoundError):
+        mode &= os.stat(path).st_mode
+    while True:
+        name = os.path.join(os.path.dirname(path), f".squeezejax-{secrets.token_hex(8)}.tmp")
+        file = open(name, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115 - for the caller
+        lock = None
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = os.dup(file.fileno())  # stays locked when the file is closed, until it has its name
+            if lock is None or os.path.samestat(os.fstat(lock), os.stat(name)):
+                return name, file, lock
+        except (BlockingIOError, FileNotFoundError):  # another save swept it away before it was locked
+            pass
+        except OSError:  # some network drives cannot lock
+            return name, file, lock
+        file.close()
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(directory: str):
+    """Removes temporary files of saves that were killed: nobody holds a lock on those."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        names = [entry.path for entry in entries if _TEMPORARY.fullmatch(entry.name) and entry.is_file()]
+        for name in names:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(name)
+                finally:
+                    os.close(descriptor)
 
 
 def _sync_directory(directory: str):

@@ -246,6 +246,7 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
     table = {"sparsities": (np.float32, "P"), "thresholds": (np.float32, "nP")}
     if config.score == "variance":
         table |= {"block_thresholds": (np.float32, "nP"), "denominators": (np.float32, "LKGz")}
+        table["missed_masses"] = (np.float32, "P")
     means = {f"levels.{i}.value_centroids": (np.float32, ("L", "K", f"C{i}", "H")) for i in range(config.num_levels)}
     expected = required
     for optional in (table, means):  # all of it, or nothing

@@ -5,6 +5,8 @@ import numpy as np
 from squeezejax.mesh.sharding import whole_on_host
 from squeezejax.storage.header import require
 
+_AT_ONCE = 1 << 17
+
 
 def check_values(leaves: dict, num_keys: int, parts: int):
     """Raises ValueError unless indices stay in range and clusters are disjoint runs that hold every key once.
@@ -38,7 +40,23 @@ def check_values(leaves: dict, num_keys: int, parts: int):
         require(np.isfinite(grid).all() and (np.diff(grid) >= 0).all(), "its sparsities do not ascend")
         for name in ("thresholds", "block_thresholds"):
             require(not np.isnan(small.get(name, 0)).any(), "its thresholds are not numbers")
-        require(np.isfinite(small.get("denominators", 0)).all(), "its denominators are not finite")
+        for name in ("denominators", "missed_masses"):
+            require(np.isfinite(small.get(name, 0)).all(), f"its {name} are not finite")
+
+
+def check_finite(name: str, array: np.ndarray):
+    """Raises ValueError unless the floating-point numbers of a contiguous array are finite.
+
+    A NaN among the values would make every answer nonsense, without a sign.
+    """
+    wholes = {2: np.uint16, 4: np.uint32}
+    if array.dtype.kind == "i" or array.dtype.itemsize not in wholes:
+        return
+    exponent = np.array([np.inf]).astype(array.dtype).view(wholes[array.dtype.itemsize])[0]
+    flat = array.reshape(-1).view(exponent.dtype)
+    for start in range(0, flat.size, _AT_ONCE):  # pieces that stay in a processor's cache
+        piece = flat[start : start + _AT_ONCE]
+        require(((piece & exponent) != exponent).all(), f"its {name} are not all finite numbers")
 
 
 def _check_parts(parts: int, level, sizes, i: int):

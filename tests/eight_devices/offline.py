@@ -13,7 +13,7 @@ from squeezejax import SqueezeConfig
 from squeezejax.mesh import parts
 
 W, L = 10, 3
-CONFIG = SqueezeConfig(cluster_fractions=(0.06, 0.2), observation_window=W, query_block=2, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.06, 0.2), observation_window=W, query_block=2, sparsity=0.6)
 CONTEXT = np.random.default_rng(5).integers(0, 31, 200)
 QUESTIONS = np.random.default_rng(4).integers(0, 31, (4, 3)).astype(np.int32)
 

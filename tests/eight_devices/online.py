@@ -27,7 +27,7 @@ FRACTIONS = {"flat": (0.3,), "hierarchical": (0.1, 0.3)}
 def on_one_device(heads, kv_heads, kind):
     """A model, a tree of a context, and the answers to the questions at each sparsity."""
     params = oracle.make_model(num_heads=heads, num_kv_heads=kv_heads)
-    config = SqueezeConfig(cluster_fractions=FRACTIONS[kind], observation_window=W, query_block=2, sparsity=0.6)
+    config = SqueezeConfig.paper(cluster_fractions=FRACTIONS[kind], observation_window=W, query_block=2, sparsity=0.6)
     tree = oracle.model_tree(params, CONTEXT, config, clusters=CLUSTERS[kind])
     answers = {sparsity: generate(params, tree, QUESTIONS, LENGTHS, sparsity) for sparsity in SPARSITIES}
     assert np.all((answers[0.6].kept_fraction > 0.02) & (answers[0.6].kept_fraction < 0.9))
@@ -112,7 +112,7 @@ def test_ties():
     means = rng.normal(size=(2, 2, 8, 6))[:, :, rng.integers(0, 8, 16)]  # clusters with equal centroids
     keys = np.take_along_axis(means, labels[..., None], axis=2)
     keys = jnp.asarray(np.concatenate([keys, rng.normal(size=(2, 2, 4, 6))], axis=2), jnp.float32)
-    config = SqueezeConfig(cluster_fractions=(0.25,), observation_window=4)
+    config = SqueezeConfig.paper(cluster_fractions=(0.25,), observation_window=4)
     tree = squeezejax.build_tree(keys, keys, config, labels=(labels,))
     queries = jnp.asarray(rng.normal(size=(2, 4, 4, 6)), jnp.float32)
     one = squeezejax.calibrate(tree, queries)

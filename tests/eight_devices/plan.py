@@ -38,7 +38,7 @@ def test_generate():
     """2 × 2 × 2 devices: arguments to the byte, temporaries within 30 %, every byte that is sent."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "model", "context"))
     params = jax.eval_shape(lambda: Llama(LlamaConfig(**SIZES, head_dim=32), key=jax.random.key(0)))
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.05,))
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.05,))
     tree = tree_shapes(params, 8192, config, parts=2)
 
     def generate(params, tree, tokens, lengths):

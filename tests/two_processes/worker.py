@@ -18,7 +18,7 @@ from squeezejax.storage import files as storage
 CONTEXT = np.random.default_rng(3).integers(0, 97, 90)
 QUESTIONS = np.array([[5, 6, 7, 8], [9, 10, 0, 0]], np.int32)
 LENGTHS = np.array([4, 2], np.int32)
-CONFIG = squeezejax.SqueezeConfig(cluster_fractions=(0.25,), observation_window=8, sparsity=0.6)
+CONFIG = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.25,), observation_window=8, sparsity=0.6)
 
 
 def build(folder, mesh=None, progress=None):
