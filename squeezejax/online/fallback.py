@@ -7,7 +7,7 @@ costs about
     LOOK_UP + READ_BY_LIST · f + OVERHEAD / bytes of one layer's keys and values
 
 and pays where that is below 1. The numbers come from measurements on two CPU cores in float32 and are cautious there
-(benchmarks/NOTES.md, Online); f is taken as 1 − sparsity, which a decode step seldom exceeds.
+(benchmarks/notes/online.md); f is taken as 1 − sparsity, which a decode step seldom exceeds.
 """
 
 import functools
