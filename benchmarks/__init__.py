@@ -1,1 +1,1 @@
-"""Measurements; see NOTES.md for what each was predicted and found to be."""
+"""Measurements; see notes/ for what each was predicted and found to be."""

@@ -23,17 +23,18 @@ import numpy as np
 
 import squeezejax
 from benchmarks import timing
+from benchmarks.embedded import batches
 from squeezejax import SqueezeConfig, Tree, build_tree, calibrate, log_thresholds
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches, text
-from squeezejax.offline.shape import GRANULE
-from squeezejax.online.scores import score_heads
+from squeezejax.models.embedded import text
+from squeezejax.pallas_kernels.hopper.backend import GRANULE
 from squeezejax.pallas_kernels.xla.dense import causal_attention
+from squeezejax.pallas_kernels.xla.levelwise import score_heads
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 FIRST_SEED = 200_000  # held out: training seeds are above a million
 QUESTIONS = 16
-DEFAULT = SqueezeConfig(cluster_granule=1)
+DEFAULT = SqueezeConfig.paper(cluster_granule=1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -97,9 +98,10 @@ def forward(params, tokens):
 @jax.jit
 def kept_clusters(tree: Tree, q, layer, log_T) -> list:
     """bool[T K C] of every level: the clusters that each of the queries [T N H] keeps by itself."""
-    here = lambda q: q.reshape(1, tree.num_kv_heads, -1, q.shape[-1])
-    one = lambda q, depth: score_heads(tree.levels[: depth + 1], layer, here(q), jnp.ones(1, bool), log_T)[1]
-    return [jax.lax.map(functools.partial(one, depth=depth), q) for depth in range(len(tree.levels))]
+    rows = q.reshape(len(q), tree.num_kv_heads, -1, q.shape[-1])
+    valid = jnp.ones(rows.shape[2], bool)
+    one = lambda q, depth: score_heads(tree.levels[: depth + 1], layer, q, valid, log_T)[1]
+    return [jax.lax.map(functools.partial(one, depth=depth), rows) for depth in range(len(tree.levels))]
 
 
 def read_and_kept(sample: Sample, tree: Tree, sparsity: float) -> np.ndarray:

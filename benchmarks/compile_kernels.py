@@ -24,6 +24,7 @@ from squeezejax.online.generate import _prefill_and_decode  # isort: skip
 from squeezejax.models.config import LlamaConfig  # isort: skip
 from squeezejax.models.llama import Llama  # isort: skip
 from squeezejax.pallas_kernels import registry  # isort: skip
+from squeezejax.pallas_kernels.interface import Reading  # isort: skip
 from squeezejax.online.sampling import sampling_of  # isort: skip
 from squeezejax.tree import Level, Tree  # isort: skip
 
@@ -71,7 +72,7 @@ CASES = (
 def tree_shapes(case: Case) -> Tree:
     """The shapes of a calibrated tree."""
     shape = jax.ShapeDtypeStruct
-    config = squeezejax.SqueezeConfig(cluster_fractions=case.fractions, observation_window=case.window)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=case.fractions, observation_window=case.window)
     L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
     R = -(-S // 8) * 8
     clusters = config.num_clusters(S)
@@ -120,7 +121,8 @@ def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
     sampling = sampling_of(0.0, None, None, None, ())
 
     def run(params, tree, tokens, lengths, log_T):
-        return _prefill_and_decode(params, tree, tokens, lengths, log_T, sampling, num_tokens, "mosaic")
+        reading = Reading(log_T, implementation="mosaic")
+        return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens)
 
     arguments = (params, tree_shapes(case), tokens, shape((case.users,), jnp.int32), log_T)
     with registry.force_mosaic():

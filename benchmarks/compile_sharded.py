@@ -22,7 +22,7 @@ from squeezejax.plan import tree_shapes  # isort: skip
 
 HEADS = {"num_heads": 64, "num_kv_heads": 8, "head_dim": 128}
 MODEL = LlamaConfig(vocab_size=1024, model_dim=1024, mlp_dim=2048, num_layers=2, **HEADS)
-CONFIG = squeezejax.SqueezeConfig()
+CONFIG = squeezejax.SqueezeConfig.paper()
 NUM_KEYS, USERS = 128_000, 2
 MESHES = ({"model": 8}, {"data": 2, "model": 4})
 KERNELS = {"centroid_scores", "keep_clusters", "sparse_decode", "merge_shares"}

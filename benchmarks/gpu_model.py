@@ -14,6 +14,7 @@ from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
 from squeezejax.online.generate import _prefill, empty_state
 from squeezejax.pallas_kernels import cudnn
+from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.pallas_kernels.xla.softmax import merge
 
 SHAPE_8B = LlamaConfig(
@@ -73,7 +74,9 @@ def _logits(params, tree, tokens, log_T):
 
     def run(name):
         state = empty_state(params, tree, *tokens.shape)
-        found = np.asarray(_prefill(params, tree, state, tokens, lengths, log_T, name).logits, np.float32)
+        found = np.asarray(
+            _prefill(params, tree, state, tokens, lengths, Reading(log_T, implementation=name)).logits, np.float32
+        )
         return found / found.std()
 
     return run
@@ -85,7 +88,7 @@ def time_first_token(num_keys: int, fractions: tuple[float, ...], num_tokens: in
     T = 40 if dry else num_tokens
     tokens = jax.random.randint(jax.random.key(seed), (1, T), 0, params.config.vocab_size)
     state, lengths = empty_state(params, tree, 1, T), jnp.full(1, T, jnp.int32)
-    prefill = lambda log_T: _prefill(params, tree, state, tokens, lengths, log_T, "mosaic")
+    prefill = lambda log_T: _prefill(params, tree, state, tokens, lengths, Reading(log_T, implementation="mosaic"))
     log_T, kept = find_thresholds(
         lambda log_T: prefill(log_T).kept_fraction[0], len(tree.levels), 0.5 if dry else 0.10, coarse=dry
     )

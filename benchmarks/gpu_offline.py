@@ -8,7 +8,7 @@ import numpy as np
 
 import squeezejax
 from benchmarks.gpu_trees import compare
-from squeezejax.offline.build import build_layer
+from squeezejax.offline.build import build_layer, clustering_of
 from squeezejax.pallas_kernels.hopper import kmeans_assign
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
 
@@ -58,13 +58,15 @@ def time_clustering(dry: bool, seed: int, note):
     of = rng.integers(0, S // 40, (heads, S, 1))
     keys = np.take_along_axis(centres, of, axis=1) + 0.6 * rng.standard_normal((heads, S, H), dtype=np.float32)
     keys = jnp.asarray(keys, jnp.bfloat16)
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.05,) if dry else (0.01, 0.05), observation_window=0)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.05,) if dry else (0.01, 0.05), observation_window=0)
     name = "xla" if dry else "mosaic"  # the interpreter's callbacks cannot be mapped over heads inside jit
     some, centres = unit_rows(rng, 1000, H), unit_rows(rng, S // 20, H)
     nearest = lambda rows, centres: kmeans_assign.nearest(rows, centres).best
     plain = jnp.max(jnp.einsum("sh,ch->sc", some, centres, preferred_element_type=jnp.float32), axis=1)
     compare(note, jax.jit(nearest)(some, centres), plain, 2e-4)
-    build = lambda: jax.block_until_ready(build_layer(keys, keys, config, jax.random.key(seed), name))
+    build = lambda: jax.block_until_ready(
+        build_layer(keys, keys, config, jax.random.key(seed), clustering_of(config), name)
+    )
     start = time.perf_counter()
     first = build()
     note("first call, with compilation", time.perf_counter() - start)

@@ -12,6 +12,7 @@ from squeezejax.online.attention import attend_user
 from squeezejax.pallas_kernels.hopper import block_scores, prefill, self_check, sparse_prefill
 from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, split
 from squeezejax.pallas_kernels.hopper.mosaic import count_ctas
+from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
 
 
@@ -130,7 +131,7 @@ def time_prefill(case: Prefill, dry: bool, seed: int, note):
     start, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
 
     def attend(q, tree, own, log_T, name):
-        return attend_user(tree, q, own, own, jnp.int32(0), start, lengths, log_T, name)
+        return attend_user(tree, q, Own(own, own, start, lengths), jnp.int32(0), Reading(log_T, implementation=name))
 
     kept_fraction = jax.jit(lambda log_T, tree, q, own: attend(q, tree, own, log_T, "xla" if dry else "mosaic").kept[0])
     log_T, kept = find_thresholds(
@@ -154,7 +155,9 @@ def time_prefill(case: Prefill, dry: bool, seed: int, note):
     def first_tokens(name):
         def run(q, own, tree, log_T):
             lengths = jnp.full(1, few, jnp.int32)
-            return attend_user(tree, q, own, own, jnp.int32(0), start, lengths, log_T, name).out
+            return attend_user(
+                tree, q, Own(own, own, start, lengths), jnp.int32(0), Reading(log_T, implementation=name)
+            ).out
 
         return jax.jit(run)(*some, tree, log_T)
 

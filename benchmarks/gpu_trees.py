@@ -25,7 +25,7 @@ def device_tree(
     """A tree of num_keys clustered keys; all layers share their clusters' sizes. Without cache it has rows of zeros."""
     L, K, S, H = layers, kv_heads, num_keys, head_dim
     rng = np.random.default_rng(seed)
-    config = SqueezeConfig(cluster_fractions=fractions, observation_window=window)
+    config = SqueezeConfig.paper(cluster_fractions=fractions, observation_window=window)
     sizes = config.num_clusters(S)
     levels, members_below, below = [], None, S
     for depth, C in reversed(list(enumerate(sizes))):

@@ -103,17 +103,19 @@ def saved(path: str, queries: np.ndarray, sparsity: float, tokens: int = 8):
     import squeezejax
 
     tree = squeezejax.load(path)
+    if tree.key_codes is not None:
+        raise SystemExit(f"{path} keeps single keys, not clusters: build it with key_bits=0")
     # Explicit thresholds: a sparsity alone may fall back to keeping every key.
     log_T = squeezejax.log_thresholds(tree, sparsity)
     fine, kept_share, totals = tree.levels[-1], [], []
     for layer in range(tree.num_layers):
-        counts, parents = np.asarray(fine.counts[layer]), np.asarray(fine.parents[layer])
+        counts, starts, parents = (np.asarray(x[layer]) for x in (fine.counts, fine.starts, fine.parents))
         for token in range(-tokens, 0):
             q = jnp.asarray(queries[layer, :, token][None], tree.keys.dtype)
-            selected = np.asarray(squeezejax.select(tree, q, layer=layer, log_thresholds=log_T).kept)
+            rows = np.asarray(squeezejax.select(tree, q, layer=layer, log_thresholds=log_T).rows)
             for head in range(tree.num_kv_heads):
                 alive = counts[head] > 0
-                sizes, kept = counts[head][alive], selected[head][alive]
+                sizes, kept = counts[head][alive], rows[head][starts[head][alive]]
                 kept_share.append(sizes[kept].sum() / sizes.sum())
                 if kept.any():
                     totals.append(measure(sizes, parents[head][alive], kept))

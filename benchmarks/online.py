@@ -27,7 +27,9 @@ from benchmarks.timing import interleaved, machine
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.online.attention import attend_user
 from squeezejax.online.fallback import dense_if_cheaper
-from squeezejax.online.select import select_lanes, split_heads
+from squeezejax.pallas_kernels.interface import Own, Reading
+from squeezejax.pallas_kernels.layout import split_heads, to_lanes
+from squeezejax.pallas_kernels.xla.backend import select
 from squeezejax.tree import Tree
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -63,7 +65,7 @@ class Step:
 
 @jax.jit
 def _attend(tree, q, k, v, start, lengths, log_T):
-    return attend_user(tree, q, k, v, 0, start, lengths, log_T, "xla")
+    return attend_user(tree, q, Own(k, v, start, lengths), 0, Reading(log_T))
 
 
 @jax.jit
@@ -182,16 +184,11 @@ def look_up(args) -> list[dict]:
             tree = synthetic_tree(size, num_kv_heads=4, fractions=fractions, window=0)
             tree = dataclasses.replace(tree, keys=tree.keys[..., :0, :], values=tree.values[..., :0, :])
             q = make_step(tree, 1, heads=16).q
-            groups, valid = split_heads(q, 4), jnp.ones((1, 1), bool)
-            find = jax.jit(lambda tree, groups, log_T: select_lanes(tree, groups, valid, 0, log_T).runs)  # noqa: B023
-            share = lambda log_T, tree=tree, groups=groups, find=find, size=size: (
-                find(tree, groups, log_T).num_rows.mean() / size
-            )
+            rows = to_lanes(split_heads(q, 4))
+            share = lambda log_T, tree=tree, rows=rows, size=size: _find(tree, rows, log_T).num_rows.mean() / size
             log_T = thresholds_for(share, tree, 0.05)
-            calls[f"{depth} levels"] = lambda tree=tree, groups=groups, find=find, log_T=log_T: find(
-                tree, groups, log_T
-            )
-            read[f"{depth} levels"] = _centroids_read(tree, groups, valid, log_T)
+            calls[f"{depth} levels"] = functools.partial(_find, tree, rows, log_T)
+            read[f"{depth} levels"] = _centroids_read(tree, rows, log_T)
         timings = interleaved(calls, args.rounds)
         row = {"keys": size}
         for name, timing in timings.items():
@@ -201,15 +198,21 @@ def look_up(args) -> list[dict]:
     return rows
 
 
-def _centroids_read(tree: Tree, groups, valid, log_T) -> float:
+@jax.jit
+def _find(tree: Tree, rows, log_T):
+    """What rows [1 K G H] of one token keep, without reading any of it."""
+    G = rows.shape[2]
+    found = select(tree, rows, jnp.ones((1, G), bool), G, 0, Reading(log_T))
+    return found._replace(rest=())
+
+
+def _centroids_read(tree: Tree, rows, log_T) -> float:
     """Bytes of centroids that the look-up reads: the coarsest level, and below it children of kept clusters."""
-    row = 4 * groups.shape[-1]
+    row = 4 * rows.shape[-1]
     total = tree.levels[0].counts[0].size * row
     for depth, level in enumerate(tree.levels[:-1], 1):
-        above = dataclasses.replace(
-            tree, levels=(*tree.levels[: depth - 1], dataclasses.replace(level, child_starts=None))
-        )
-        clusters = select_lanes(above, groups, valid, 0, log_T[:depth]).clusters[0]
+        above = dataclasses.replace(tree, levels=tree.levels[:depth])
+        clusters = _find(above, rows, log_T[:depth]).clusters[0]
         total += int(jnp.sum(jnp.where(clusters, level.child_counts[0], 0))) * row
     return float(total)
 

@@ -23,10 +23,10 @@ def synthetic_tree(
     dtype=jnp.float32,
     seed: int = 0,
 ) -> Tree:
-    """An uncalibrated tree of S = num_keys clustered keys; the clusters of every level are runs, as always."""
+    """An uncalibrated tree of the paper's kind with S = num_keys clustered keys; clusters are runs, as always."""
     L, K, S, H = num_layers, num_kv_heads, num_keys, head_dim
     rng = np.random.default_rng(seed)
-    config = SqueezeConfig(cluster_fractions=fractions, observation_window=window)
+    config = SqueezeConfig.paper(cluster_fractions=fractions, observation_window=window)
     clusters = config.num_clusters(S)
     centres, parents, levels = np.zeros((L, K, 1, H), np.float32), None, []
     for C, below in zip(clusters, [*clusters[1:], S], strict=True):

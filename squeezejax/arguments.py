@@ -3,6 +3,7 @@
 What comes from the host is put on the device explicitly, so that calls work under `jax.transfer_guard("disallow")`.
 """
 
+import functools
 import operator
 from collections.abc import Set
 
@@ -84,7 +85,12 @@ def check_key(key) -> jax.Array:
 
 def raw_key_shape() -> tuple[int, ...]:
     """The shape of what is inside a random key."""
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    return _raw_key_shape(str(jax.config.jax_default_prng_impl))
+
+
+@functools.cache
+def _raw_key_shape(kind: str) -> tuple[int, ...]:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=kind))).shape
 
 
 def check_stop_tokens(stop_tokens) -> jax.Array:

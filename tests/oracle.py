@@ -1,4 +1,4 @@
-"""Squeezed Attention once more in NumPy float64, straight from shared/spec.md, and small cases to try it on.
+"""Squeezed Attention once more in NumPy float64, straight from docs/method.md, and small cases to try it on.
 
 The oracle shares no helper with the library: clusters keep the numbers that the labels give them, keys stay in their
 original order, every sum runs over explicit Python lists of keys. Letters as in squeezejax/tree.py.

@@ -204,7 +204,7 @@ def test_readers_take_rows_where_starts_and_order_say():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numerical traps (shared/spec.md)
+# Numerical traps (docs/method.md)
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("height", [100.0, 400.0, 3000.0])
 def test_trap_logits_of_several_hundred(height):

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=SqueezeConfig().cluster_fractions,
-        help="clusters per key, coarse to fine (default: 0.01 0.05)",
+        help="clusters per key, coarse to fine (default: the library's, 0.05)",
     )
     parser.add_argument(
         "--config",

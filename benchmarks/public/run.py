@@ -40,6 +40,11 @@ class Setup:
     tail: bool = False  # keys not kept are estimated
     likelihood_tokens: int = 32  # first tokens of the right answer whose likelihood is measured; 0 = not at all
 
+    @property
+    def estimate(self) -> squeezejax.Estimate | None:
+        """The option of `generate` that `tail` stands for."""
+        return squeezejax.Estimate(tail=True) if self.tail else None
+
 
 def run(setup: Setup, items: list[Item], records: Path, say: Callable[[str], None]):
     """Appends to `records` what is not there yet, and says how far it is."""
@@ -145,7 +150,7 @@ def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[in
     stop = chat.stop_tokens(setup.tokenizer, setup.params.config)
     if first.stop_at_newline:
         stop += (chat.encode(setup.tokenizer, "\n")[-1],)
-    options = {"sparsity": sparsity, "tail": setup.tail} if sparsity is not DENSE else {}
+    options = {"sparsity": sparsity, "estimate": setup.estimate} if sparsity is not DENSE else {}
     generate = squeezejax.generate if sparsity is not DENSE else squeezejax.dense_generate
     generation = generate(
         setup.params,
@@ -180,7 +185,7 @@ def gold_likelihoods(setup: Setup, tree, members: list[Item], prompts: Prompts, 
     answers = [likelihood.gold_ids(setup.tokenizer, members[at], setup.likelihood_tokens) for at in part]
     tokens, lengths = pad(setup, prompts, part)
     # Sparsity 0 keeps every key: dense attention over the same cache.
-    options = {"sparsity": 0.0} if sparsity is DENSE else {"sparsity": sparsity, "tail": setup.tail}
+    options = {"sparsity": 0.0} if sparsity is DENSE else {"sparsity": sparsity, "estimate": setup.estimate}
     return likelihood.of_answers(
         setup.params, tree, tokens, lengths, answers, implementation=setup.implementation, **options
     )

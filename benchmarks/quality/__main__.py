@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.embedded.batches import Encoder
 from benchmarks.quality import measure, report, tasks
 from benchmarks.quality.methods import Method
 from benchmarks.quality.variants import ABLATIONS, METHODS
 from squeezejax import models
 from squeezejax.models import embedded
-from squeezejax.models.embedded.batches import Encoder
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.03125, 0.02)
 ABLATION_BUDGETS = (0.125, 0.0625)
@@ -51,7 +51,10 @@ class Bench:
         """(a configuration's view of the context, made once, and its questions) of one sample."""
         sample = tasks.make_sample(task, seed, length, split=split)
         context = measure.read(self.params, measure.context_ids(self.encoder, sample, length))
-        return functools.cache(lambda config: measure.divide(context, config)), measure.ask(self.encoder, sample)
+        weights = measure.weights_of(self.params, length)
+        return functools.cache(lambda config: measure.divide(context, config, weights)), measure.ask(
+            self.encoder, sample
+        )
 
     def tune(self, length: int, names: list[str], methods: list[Method], say) -> dict[str, dict]:
         """What is known of every method at this length: settings with what they keep and read on average, or, where

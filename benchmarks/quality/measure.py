@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.embedded.batches import Encoder
 from benchmarks.quality import tasks
 from benchmarks.quality.methods import CONFIG, Cache, Fixed, Method
 from squeezejax import SqueezeConfig
 from squeezejax.models.embedded import text
-from squeezejax.models.embedded.batches import Encoder
+from squeezejax.offline.build import dimension_weights
 from squeezejax.pallas_kernels.xla.dense import causal_attention
 from squeezejax.pallas_kernels.xla.softmax import merge
 
@@ -71,7 +72,7 @@ def _read(params, tokens) -> Read:  # tokens i32[1 S+W]
     return params.run_layers(params.embed(tokens), positions, attend, carry)[1]
 
 
-def divide(context: Read, config: SqueezeConfig) -> Fixed:
+def divide(context: Read, config: SqueezeConfig, weights=None) -> Fixed:
     """A context with a configuration's sinks and window; where that is empty, those of the usual one calibrate."""
     W, sinks = config.observation_window, config.sinks
     last = context.keys.shape[2] - W
@@ -79,7 +80,12 @@ def divide(context: Read, config: SqueezeConfig) -> Fixed:
     always = lambda x: jnp.concatenate([x[:, :, :sinks], x[:, :, last:]], axis=2)
     keys, values = context.keys, context.values
     cache = Cache(clustered(keys), clustered(values), always(keys), always(values))
-    return Fixed(cache, context.queries[:, :, -(W or CONFIG.observation_window) :], config)
+    return Fixed(cache, context.queries[:, :, -(W or CONFIG.observation_window) :], config, weights)
+
+
+def weights_of(params, num_tokens: int) -> tuple[float, ...]:
+    """How much each dimension of a key counts in the metric "slow", in a context of so many tokens."""
+    return dimension_weights(params.key_frequencies(), num_tokens)
 
 
 # ---- The questions

@@ -50,6 +50,7 @@ class Fixed:
     cache: Cache
     queries: jax.Array  # [L N W H], which calibrate: the window's, or others where it is empty
     config: SqueezeConfig = CONFIG
+    weights: tuple[float, ...] | None = None  # of dimensions, in the metric "slow"
 
     @functools.cached_property
     def built(self) -> Tree:
@@ -60,7 +61,7 @@ class Fixed:
         whole = lambda x, always: jnp.concatenate(around(x, always), axis=2)
         cache = self.cache
         keys, values = whole(cache.keys, cache.window_keys), whole(cache.values, cache.window_values)
-        return add_value_centroids(build_tree(keys, values, self.config))
+        return add_value_centroids(build_tree(keys, values, self.config, weights=self.weights))
 
     @functools.cached_property
     def tree(self) -> Tree:

@@ -285,7 +285,7 @@ class Turn:
 
 
 def encode_turn(tokenizer: Tokenizer, question: Question, end: int, *, first: bool = True) -> Turn:
-    """In the embedded model's format (models/embedded/tokenizer.py); `end` is the id that ends a reply."""
+    """In the embedded model's format (benchmarks/embedded/tokenizer.py); `end` is the id that ends a reply."""
     asked = tokenizer.encode(("\n\n" if first else "\n") + question.text + "\nAnswer:", add_special_tokens=False).ids
     reply = tokenizer.encode(" " + question.reply, add_special_tokens=False)
     spans = [(start + 1, stop + 1) for start, stop in question.answers]  # the reply follows a space

@@ -2,7 +2,7 @@
 
     nice -n 19 python -m benchmarks.quality.train --work DIR --start STATE --out DIR
 
-`STATE` is the state of an earlier training (`state.npz` in the --work of `squeezejax.models.embedded.train`, or of this
+`STATE` is the state of an earlier training (`state.npz` in the --work of `benchmarks.embedded.train`, or of this
 command); without it training begins with random weights. `--work` keeps the state, written every --every steps; the
 same command goes on from there. Batches mix all tasks, those that are learnt last more often, and conversations about
 the chronicle as the embedded model has always been trained on them, so that it does not forget them.
@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.embedded import batches
+from benchmarks.embedded.train import Phase, begin, finish, initial_weights, model_config, train
 from benchmarks.quality import tasks
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches
-from squeezejax.models.embedded.train import Phase, begin, finish, initial_weights, model_config, train
 
 TEXT_WEIGHT, REPLY_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 10.0
 SHARES = {  # of the sequences
@@ -46,7 +46,7 @@ class Shape:
     questions: int  # of a sequence
 
 
-# The committed weights: 7,650 steps, under three hours on two busy cores, from those of models/embedded/train.py.
+# The committed weights: 7,650 steps, under three hours on two busy cores, from those of benchmarks/embedded/train.py.
 # Not in one run of this table: 1,920 steps of 384 tokens with equal shares came before it, and the shares changed on
 # the way (`variables` had four until its sentences were made simpler, `multi_value` five since the last three phases).
 PHASES = (

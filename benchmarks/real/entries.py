@@ -21,6 +21,7 @@ from benchmarks.quality.variants import METHODS as QUALITY
 from benchmarks.real.index import index_bytes, look
 from benchmarks.real.passes import SINKS, Chosen
 from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds
+from squeezejax.offline.build import dimension_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,8 @@ def library(name: str, config: SqueezeConfig, estimate: bool = True) -> Entry:
 
     def build(fixed, material):
         context, sinks = material.context, config.sinks
-        tree = build_tree(context.keys, context.values, config)
+        weights = dimension_weights(material.params.key_frequencies(), len(material.ids))
+        tree = build_tree(context.keys, context.values, config, weights=weights)
         # The sinks leave the clusters where the configuration says so; here it is only checked that they did.
         if tree.num_keys != context.keys.shape[2] - sinks - config.observation_window:
             raise ValueError(f"{name}: the tree has {tree.num_keys} clustered keys, not those of this configuration")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.quality.measure import weights_of
 from benchmarks.quality.methods import Fixed
 from benchmarks.real import kvzip, needles, passes
 from benchmarks.real.entries import Entry
@@ -52,7 +53,7 @@ class Material:
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a view holds a copy of the keys: few are kept
     def fixed(self, config: SqueezeConfig, sinks: int) -> Fixed:
         """The context with a configuration's window and so many first tokens out of the choice."""
-        return passes.divide(self.context, config, sinks)
+        return passes.divide(self.context, config, sinks, weights_of(self.params, len(self.ids)))
 
     @functools.cache  # noqa: B019
     def repeated(self):

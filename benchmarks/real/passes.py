@@ -76,14 +76,14 @@ def causal(q, k, v):
     return jnp.concatenate(parts, axis=1)
 
 
-def divide(context: Read, config: SqueezeConfig, sinks: int = 0) -> Fixed:
+def divide(context: Read, config: SqueezeConfig, sinks: int = 0, weights=None) -> Fixed:
     """A context with its first `sinks` tokens and its last ones, the window, as what everybody attends to."""
     W = config.observation_window
     last = context.keys.shape[2] - W
     ends = lambda x: jnp.concatenate([x[:, :, :sinks], x[:, :, last:]], axis=2)
     clustered = lambda x: x[:, :, sinks:last]
     cache = Cache(clustered(context.keys), clustered(context.values), ends(context.keys), ends(context.values))
-    return Fixed(cache, context.queries[:, :, -W:], config)
+    return Fixed(cache, context.queries[:, :, -W:], config, weights)
 
 
 # ---- Tokens after the context

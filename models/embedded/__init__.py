@@ -1,6 +1,7 @@
-"""The small trained model that needs no download: its text, its tokenizer, its weights and its training.
+"""The small trained model that needs no download: its text, its tokenizer and its weights.
 
 `squeezejax.models.load(PATH)` gives the model, `transformers.AutoTokenizer.from_pretrained(PATH)` its tokenizer.
+How it was trained is in benchmarks/embedded/ of the repository.
 """
 
 from pathlib import Path

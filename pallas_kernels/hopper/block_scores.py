@@ -77,7 +77,7 @@ def sum_scores(q, valid, read: Read, log_T, *, config: Config | None = None):
     """Σ exp(log S − log T) over the valid rows of every chunk of 128: f32[U M/128 P], by position in the lanes' lists.
 
     q [U M H], lane u of key/value head u mod K, M a multiple of 128; valid bool[U M]; log_T f32[]. log S is s(q, c)
-    normalised over the lane's clusters (spec.md, Online 5); positions that take no part hold anything.
+    normalised over the lane's clusters (docs/method.md, Selection); positions that take no part hold anything.
     """
     config = config or CONFIGS[q.shape[2]]
     top, total = _row_statistics(q, read, config)

@@ -52,7 +52,7 @@ def check(q, keys, *other_keys):
 
 
 def select(q, levels, step: Step, num_rows: int, *, may_skip=False) -> Selected:
-    """What one token a user, q [B K G H], keeps of num_rows rows (spec.md, Online 5).
+    """What one token a user, q [B K G H], keeps of num_rows rows (docs/method.md, Selection).
 
     levels, coarse → fine, have the fields of the tree's `Level`. With may_skip, nothing is read or kept where every
     threshold is −∞.
@@ -72,7 +72,7 @@ def select(q, levels, step: Step, num_rows: int, *, may_skip=False) -> Selected:
 
 
 def attend_kept(q, cache: Cache, levels, step: Step):
-    """Attention of one token a user, q [B K G H], to kept keys, window and own tokens (spec.md, Online 5 and 6).
+    """Attention of one token a user, q [B K G H], to kept keys, window and own tokens (docs/method.md, Selection).
 
     levels as for `select`; thresholds None keep every key. Gives (out f32[B K G H], lse f32[B K G], kept i32[B] keys of
     all heads together).

@@ -48,7 +48,7 @@ def keep_clusters(
     scores: Scores, lists: Lists | None, starts, lengths, below: int, step: Step, depth: int, group: int,
     may_skip: bool,
 ) -> Kept:  # fmt: skip
-    """Keeps the clusters of the level `depth` whose log A exceeds log T strictly (spec.md, Online 5).
+    """Keeps the clusters of the level `depth` whose log A exceeds log T strictly (docs/method.md, Selection).
 
     lists are what the lanes read, None being all in order; starts, lengths i32[L K C] say which run of the next level,
     or of the cache, a cluster is, of `below` rows a head; group is G. With may_skip, nothing is marked where every

@@ -33,7 +33,7 @@ def check(q, keys):
 
 
 def select(q, valid, levels, layer, log_T):
-    """The clusters of the finest level that each block of query rows keeps, bool[U C] (spec.md, Online 5).
+    """The clusters of the finest level that each block of query rows keeps, bool[U C] (docs/method.md, Selection).
 
     q [U M H], lane u of key/value head u mod K; valid bool[U/K M], rows that enter a block's means; levels, coarse →
     fine, have the fields of the tree's `Level`; layer i32[], may be traced; log_T f32[levels], −∞ keeps everything.
@@ -57,7 +57,7 @@ def select(q, valid, levels, layer, log_T):
 
 
 def attend_kept(q, keys, values, kept, starts, counts, layer) -> Attended:
-    """Attention of blocks of query rows, q [U M H], each over the rows of its kept clusters (spec.md, Online 6).
+    """Attention of blocks of query rows, q [U M H], over the rows of its kept clusters (docs/method.md, Selection).
 
     Lane u is of key/value head u mod K; keys, values [L K R H]; kept bool[U C], clusters of the finest level that are
     runs of rows given by starts, counts i32[K C]; layer i32[], may be traced. Blocks are taken together as far as

@@ -37,7 +37,7 @@ def table(level, layer, dtype) -> Table:
 
 
 def select_blocks(q, valid, tables: list[Table], log_T):
-    """The clusters of the finest level that blocks keep, bool[n K C'] (spec.md, Online 5).
+    """The clusters of the finest level that blocks keep, bool[n K C'] (docs/method.md, Selection).
 
     q [n K M H], the query rows of n blocks; valid bool[n M], rows that enter the means; tables, coarse → fine;
     log_T f32[levels].

@@ -1,4 +1,4 @@
-"""The paper's rule: every level normalised by itself, over the clusters that the levels above left (spec.md, 4 and 5).
+"""The paper's rule: every level normalised by itself, over what the levels above left (docs/method.md, The index).
 
 A threshold often equals a cluster's score exactly, so calibration and selection both call `descend`. Only below the
 coarsest level, where there are hundreds of sets of thresholds, calibration sums otherwise, and sets its thresholds
@@ -88,7 +88,7 @@ def aligned(q, level):
 
 
 def score_clusters(q, centroids, counts, alive, valid, *, context: str | None = None, block: int = 128):
-    """log A of every cluster: its softmax-normalised score, averaged over query rows (spec.md, Offline 4 and Online 5).
+    """log A of every cluster: its softmax-normalised score, averaged over query rows (docs/method.md, Selection).
 
     q [M H]; centroids f32[C H]; counts i32[C]; alive bool[C], clusters that take part; valid bool[M], rows that do.
     Gives f32[C]: log A over alive clusters, −∞ for the others. Rows are taken in blocks whose scores stay in cache:
@@ -107,7 +107,7 @@ def score_clusters(q, centroids, counts, alive, valid, *, context: str | None = 
 
 def centroid_dots(q, centroids) -> jax.Array:
     """s(q, c) = q·c/√H in float32: q [M H], centroids f32[C H] -> f32[M C]."""
-    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (spec.md, traps).
+    # HIGHEST: accelerators would otherwise round both operands, which moves scores by up to 3 % (docs/method.md).
     dots = jnp.einsum("MH,CH->MC", q.astype(jnp.float32), centroids, precision=jax.lax.Precision.HIGHEST)
     return dots / math.sqrt(q.shape[-1])
 

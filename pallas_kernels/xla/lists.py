@@ -57,12 +57,12 @@ def kept_runs(kept, starts, counts) -> Runs:
     C = kept.shape[0]
     lengths = jnp.where(kept, counts, 0)
     live = lengths > 0
-    slot = jnp.where(live, jnp.cumsum(live) - 1, C)
-    offsets = jnp.cumsum(lengths) - lengths
+    slot = jnp.where(live, jnp.cumsum(live, dtype=jnp.int32) - 1, C)
+    offsets = jnp.cumsum(lengths, dtype=jnp.int32) - lengths
     return Runs(
         starts=jnp.zeros(C, jnp.int32).at[slot].set(starts, mode="drop"),
-        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max).at[slot].set(offsets, mode="drop"),
-        num_rows=jnp.sum(lengths),
+        offsets=jnp.full(C, jnp.iinfo(jnp.int32).max, jnp.int32).at[slot].set(offsets, mode="drop"),
+        num_rows=jnp.sum(lengths, dtype=jnp.int32),
         owners=jnp.zeros(C, jnp.int32).at[slot].set(jnp.arange(C, dtype=jnp.int32), mode="drop"),
     )
 
@@ -82,7 +82,7 @@ def expand_owned(runs: Runs, first, size: int):
 
     def of_run(values):  # values i32[size] of the runs, repeated for each of their positions
         jumps = jnp.zeros(size, jnp.int32).at[at].add(jnp.diff(values, prepend=0), mode="drop")
-        return jnp.cumsum(jumps)
+        return jnp.cumsum(jumps, dtype=jnp.int32)
 
     # Position j of a run holds row j + shift, so rows are positions plus a running sum of the changes of shift.
     rows = first + jnp.arange(size, dtype=jnp.int32) + of_run(window(runs.starts) - offsets)
@@ -112,7 +112,7 @@ def attend_lists(q, keys, values, lists: Runs | Rows, head, *, chunk: int = 512,
     chunk = min(chunk, keys.shape[1])
     block = -(-min(block, keys.shape[1]) // chunk) * chunk
     blocks = (lists.num_rows + block - 1) // block
-    ends = jnp.cumsum(blocks)
+    ends = jnp.cumsum(blocks, dtype=jnp.int32)
 
     def attend_blocks(i, state: Softmax) -> Softmax:
         number = i * U + jnp.arange(U)  # of each block, counted through all lanes

@@ -83,8 +83,8 @@ def _score_listed(level, q, head, children: Runs) -> _Scored:
         shifted = counts.astype(jnp.float32)[:, None, :] * jnp.exp(dots - top[:, :, None])
         total = scored.total * jnp.exp(scored.top - top) + jnp.sum(shifted, axis=2)
         return _Scored(
-            ids=jax.lax.dynamic_update_slice(scored.ids, jnp.where(counts > 0, ids, C), (0, first)),
-            dots=jax.lax.dynamic_update_slice(scored.dots, dots, (0, 0, first)),
+            ids=jax.lax.dynamic_update_slice_in_dim(scored.ids, jnp.where(counts > 0, ids, C), first, axis=1),
+            dots=jax.lax.dynamic_update_slice_in_dim(scored.dots, dots, first, axis=2),
             top=top,
             total=total,
         )
@@ -129,20 +129,20 @@ def _keep_listed(level, valid, head, children: Runs, scored: _Scored, log_t):
         take = lambda x: x.at[head[:, None], safe].get(mode="promise_in_bounds")
         lengths = jnp.where(kept, take(lengths_of), 0)
         kept = lengths > 0
-        slot = jnp.where(kept, used[:, None] + jnp.cumsum(kept, axis=1) - 1, C)
-        offsets = runs.num_rows[:, None] + jnp.cumsum(lengths, axis=1) - lengths
+        slot = jnp.where(kept, used[:, None] + jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1, C)
+        offsets = runs.num_rows[:, None] + jnp.cumsum(lengths, axis=1, dtype=jnp.int32) - lengths
         runs = Runs(
             starts=runs.starts.at[lane, slot].set(take(starts_of), mode="drop"),
             offsets=runs.offsets.at[lane, slot].set(offsets, mode="drop"),
-            num_rows=runs.num_rows + jnp.sum(lengths, axis=1),
+            num_rows=runs.num_rows + jnp.sum(lengths, axis=1, dtype=jnp.int32),
             owners=runs.owners.at[lane, slot].set(ids, mode="drop"),
         )
         kept_ids = kept_ids.at[lane, slot].set(ids, mode="drop")
-        return runs, kept_ids, used + jnp.sum(kept, axis=1)
+        return runs, kept_ids, used + jnp.sum(kept, axis=1, dtype=jnp.int32)
 
     nothing = Runs(
         starts=jnp.zeros((U, C), jnp.int32),
-        offsets=jnp.full((U, C), jnp.iinfo(jnp.int32).max),
+        offsets=jnp.full((U, C), jnp.iinfo(jnp.int32).max, jnp.int32),
         num_rows=jnp.zeros(U, jnp.int32),
         owners=jnp.zeros((U, C), jnp.int32),
     )

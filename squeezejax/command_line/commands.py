@@ -24,7 +24,7 @@ from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
 from squeezejax.online.generate import dense_generate
-from squeezejax.online.reading import thresholds
+from squeezejax.online.reading import reading_of
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
@@ -158,7 +158,8 @@ def _say_if_dense(asking: _Asking):
     """Says on standard error that every key will be read, though a sparsity was asked for, and why."""
     tree, options = asking.tree, asking.options
     sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
-    if sparsity > 0 and np.all(np.asarray(thresholds(tree, sparsity, None, options.implementation)[0]) == -np.inf):
+    reading = reading_of(tree, sparsity=sparsity, implementation=options.implementation)
+    if sparsity > 0 and np.all(np.asarray(reading.log_T) == -np.inf):
         print(
             f"squeezejax: every key is read: in a text of {tree.context_length:,} tokens, at sparsity {sparsity:g}, "
             "choosing keys would take longer than reading all (--implementation xla chooses them anyway)",

@@ -167,7 +167,7 @@ def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:
     # Rows lie in cluster order; padding, −1 there, is sent past the end.
     at = jnp.where(tree.order[layer] < 0, S, tree.order[layer])
     by_row = jnp.swapaxes(_scores(last, tree.keys[layer]), 1, 2)
-    scores = jnp.zeros((K, S, last.shape[1])).at[jnp.arange(K)[:, None], at].set(by_row, mode="drop")
+    scores = jnp.zeros((K, S, last.shape[1]), jnp.float32).at[jnp.arange(K)[:, None], at].set(by_row, mode="drop")
     scores = jnp.swapaxes(scores, 1, 2)  # [K G S]
     always = jnp.exp(_scores(last, tree.window_keys[layer]) - paid)
     sinks, window = always[..., : tree.config.sinks], always[..., tree.config.sinks :]

@@ -45,7 +45,7 @@ def append(
     stay as they are. `key`, `progress` and `implementation` are as for `squeeze`. `context_hash` becomes the SHA-256 of
     the old hash and the new token ids, since the old ids are not in the tree. While it runs, both trees are in memory.
     Clusters do not join keys of different parts: a context of many small parts is selected from less well than one that
-    was squeezed at once (benchmarks/NOTES.md).
+    was squeezed at once (benchmarks/notes).
 
     Raises ValueError for a tree of another model, token ids out of range, no tokens, and keys that are not finite.
     """

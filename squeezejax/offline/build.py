@@ -86,7 +86,7 @@ def dimension_weights(frequencies, num_tokens: int) -> tuple[float, ...]:
     """How much each dimension of a key counts in the metric "slow", from RoPE's frequencies f32[H] in radians a token.
 
     1 where it turns less than once over num_tokens tokens, 0.1 where it turns more often: there a key's position
-    decides, and is noise to a cluster (benchmarks/NOTES, the index).
+    decides, and is noise to a cluster (docs/method.md, The index).
     """
     slow = np.asarray(frequencies, np.float64) * num_tokens < 2 * np.pi
     return tuple(np.where(slow, 1.0, FAST_WEIGHT).tolist())
@@ -255,7 +255,7 @@ def _run_lengths(owner, num_owners: int):
 
 def _means(rows, row_cluster, counts, starts):
     """Mean of each cluster f32[C H]; rows f32[S H] in cluster order, row_cluster i32[S] ascending."""
-    # First row + mean difference: equal keys then give exactly that key, and ties stay ties (spec.md, traps).
+    # First row + mean difference: equal keys then give exactly that key, and ties stay ties (docs/method.md).
     first = rows[jnp.minimum(starts, rows.shape[0] - 1)]
     excess = segment_sum(rows - first[row_cluster], row_cluster, len(counts))
     centroids = first + excess / jnp.maximum(counts, 1).astype(jnp.float32)[:, None]

@@ -2,7 +2,7 @@
 
 Kernels fetch whole granules of rows, so a kept cluster that begins or ends inside one makes them read rows for nothing.
 In memory the clusters of a parent lie side by side; put into an order in which neighbours are alike, and rows at a
-border being those that fit the other side best, a border can move by a few rows at little cost (benchmarks/NOTES.md).
+border being those that fit the other side best, a border can move by a few rows at little cost (benchmarks/notes).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Offline: a fixed context's tokens become a calibrated tree, layer by layer (spec.md, Offline 1-4).
+"""Offline: a fixed context's tokens become a calibrated tree, layer by layer (docs/method.md, Offline).
 
 Each layer in turn reads the hidden states of the whole context in chunks of tokens (dense causal attention over the
 keys so far), then its keys are clustered and written into the tree. Beside the tree and the hidden states only one

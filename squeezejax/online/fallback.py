@@ -1,4 +1,4 @@
-"""When selecting keys does not pay: the rule that turns a request into dense attention (design.md, dense fallback).
+"""When selecting keys does not pay: the rule that turns a request into dense attention (docs/method.md, Selection).
 
 Selecting costs a fixed overhead and a look-up that grows with the context, and a kept key, read by list, costs more
 than a key read in order. With the time of dense attention as the unit, a step over S keys that keeps the fraction f
@@ -7,7 +7,7 @@ costs about
     LOOK_UP + READ_BY_LIST · f + OVERHEAD / bytes of one layer's keys and values
 
 and pays where that is below 1. The numbers come from measurements on two CPU cores in float32 and are cautious there
-(benchmarks/NOTES.md, Online); f is taken as 1 − sparsity, which a decode step seldom exceeds.
+(benchmarks/notes/online.md); f is taken as 1 − sparsity, which a decode step seldom exceeds.
 """
 
 import functools

@@ -81,7 +81,7 @@ def generate(
     stop_tokens=(),
     implementation: str | None = None,
 ) -> Generation:
-    """Answers user input that follows the fixed context of `tree` (paper section 3; spec.md, Online).
+    """Answers user input that follows the fixed context of `tree` (paper section 3; docs/method.md, Selection).
 
     tokens i32[B T] or i32[T]; `lengths` i32[B] for ragged, right-padded batches: every user gets the tokens that their
     input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window) may be traced and

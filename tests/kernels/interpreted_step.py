@@ -53,7 +53,7 @@ def attend_hierarchical():
 
 
 def equal_keys():
-    """All scores tie with the threshold: only the window is kept, to the last bit (spec.md, traps)."""
+    """All scores tie with the threshold: only the window is kept, to the last bit (docs/method.md, Numerical traps)."""
     config = squeezejax.SqueezeConfig(cluster_fractions=(0.2,), observation_window=8)
     keys = jnp.ones((1, 2, 400 + 8, 64), jnp.bfloat16)
     values = random_cache(np.random.default_rng(0), keys.shape, "bfloat16")

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from benchmarks.embedded import batches
 from benchmarks.quality import tasks, train
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches, text
+from squeezejax.models.embedded import text
 
 
 @pytest.fixture(scope="module")

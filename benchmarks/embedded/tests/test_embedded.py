@@ -11,9 +11,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.embedded import batches, evaluate, export, tokenizer, train
 from squeezejax import models
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches, evaluate, export, text, tokenizer, train
+from squeezejax.models.embedded import text
 
 
 @pytest.fixture(scope="module")

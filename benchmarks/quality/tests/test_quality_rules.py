@@ -87,7 +87,7 @@ def test_thresholds_drop_their_fraction_of_each_group():
     q = case.queries.reshape(L, K, -1, W, case.queries.shape[3])
     counts = np.asarray(index.clusters.counts)
 
-    def log_scores(queries, clusters, counts):  # [M H], in float64: spec.md's formula
+    def log_scores(queries, clusters, counts):  # [M H], in float64: the formula of docs/method.md
         exp = np.exp(queries.astype(np.float64) @ np.asarray(clusters, np.float64).T / np.sqrt(queries.shape[1]))
         with np.errstate(divide="ignore"):
             return np.log(np.where(counts > 0, (exp / (exp @ counts)[:, None]).mean(axis=0), 0))

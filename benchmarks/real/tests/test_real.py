@@ -16,7 +16,8 @@ from squeezejax import SqueezeConfig, attend, build_tree, log_thresholds, models
 from squeezejax.chat import prompts as chat
 from squeezejax.models import embedded
 
-CONFIG = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
+CONFIG = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
+DEFAULT = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=8, sparsity=0.6)
 LENGTH, FED = 60, 20
 
 
@@ -63,8 +64,8 @@ SOME = ["exact", "library", "snapkv", "squeezed_mass_tail"]
 
 
 def entry_of(name):
-    if name == "library":
-        return entries.library(name, CONFIG)
+    if name in ("library", "default"):
+        return entries.library(name, DEFAULT if name == "default" else CONFIG)
     known = entries.entries()[name]
     return (
         known
@@ -73,7 +74,7 @@ def entry_of(name):
     )
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, "default"])
 def test_keeping_every_key_is_dense(material, name):
     material, ids = material
     entry = small(entry_of(name))
@@ -83,10 +84,11 @@ def test_keeping_every_key_is_dense(material, name):
     np.testing.assert_allclose(found.log_probabilities, expected, atol=3e-5)
 
 
-def test_the_librarys_choice_is_what_its_own_attention_attends_to(material):
+@pytest.mark.parametrize("config", [CONFIG, DEFAULT], ids=["paper", "default"])
+def test_the_librarys_choice_is_what_its_own_attention_attends_to(material, config):
     material, _ = material
-    entry = entries.library("library", CONFIG)
-    fixed = material.fixed(CONFIG, 0)
+    entry = entries.library("library", config)
+    fixed = material.fixed(config, entry.sinks)
     tree = entry.build(fixed, material)
     log_T = log_thresholds(tree, 0.6)
     params, K = material.params, material.params.config.num_kv_heads
@@ -126,19 +128,42 @@ def test_bytes_of_an_index_by_hand():
     keys = np.concatenate([np.repeat(4 * directions, 6, axis=0), np.zeros((2, 8), np.float32)])[None, None]
     fine = np.repeat(np.arange(12), 2)[None, None]
     parents = np.repeat(np.arange(4), 3)[None, None]
-    config = SqueezeConfig(cluster_fractions=(0.1, 0.5), observation_window=2)
+    config = SqueezeConfig.paper(cluster_fractions=(0.1, 0.5), observation_window=2)
     tree = build_tree(keys, keys, config, labels=(parents, fine))
     q = jnp.asarray(10 * directions[:1])
-    mask, looked = index.look(tree, q, 0, jnp.array([-5.0, -5.0]))
-    assert np.flatnonzero(mask[0]).tolist() == list(range(6))
-    assert (int(looked.clusters[0]), int(looked.codes[0])) == (4 + 3, 0)
-    _, everything = index.look(tree, q, 0, jnp.array([-jnp.inf, -5.0]))
-    assert int(everything.clusters[0]) == 4 + 12
-    bits = getattr(config, "index_bits", 32)
-    of_cluster = bits * 8 / 8 + 4 + (4 if bits < 16 else 0)
-    assert float(index.index_bytes(tree, looked)[0]) == 7 * of_cluster
+    mask, looked, _ = index.look(tree, q[None], 0, jnp.array([-5.0, -5.0]))
+    assert np.flatnonzero(mask[0, 0]).tolist() == list(range(6))
+    assert (int(looked.clusters[0, 0]), int(looked.codes[0, 0])) == (4 + 3, 0)
+    _, everything, _ = index.look(tree, q[None], 0, jnp.array([-jnp.inf, -5.0]))
+    assert int(everything.clusters[0, 0]) == 4 + 12
+    assert float(index.index_bytes(tree, looked)[0, 0]) == 7 * (32 * 8 / 8 + 4)
     chosen = select(tree, q[None], layer=0, log_thresholds=jnp.array([-5.0, -5.0])).key_mask(tree)
+    np.testing.assert_array_equal(mask[0], chosen)
+
+
+def test_bytes_of_the_default_index_by_hand(material):
+    """Every coarse centroid, the fine ones below those kept, and the codes of all keys of the fine ones kept."""
+    material, _ = material
+    entry = entries.library("library", DEFAULT)
+    tree = entry.build(material.fixed(DEFAULT, 4), material)
+    config = material.params.config
+    q = jax.random.normal(jax.random.key(1), (config.num_heads, config.head_dim))
+    log_T = log_thresholds(tree, 0.5)
+    mask, looked, _ = index.look(tree, q[None], 1, log_T)
+    mask, looked = mask[0], jax.tree.map(lambda x: x[0], looked)
+    chosen = select(tree, q[None], layer=1, log_thresholds=log_T).key_mask(tree)
     np.testing.assert_array_equal(mask, chosen)
+    coarse, fine = (np.asarray(level.counts[1]) for level in tree.levels)
+    live = (coarse > 0).sum(axis=1), (fine > 0).sum(axis=1)
+    assert np.all((np.asarray(looked.clusters) >= live[0]) & (np.asarray(looked.clusters) <= live[0] + live[1]))
+    assert np.all(np.asarray(looked.codes) >= np.asarray(mask).sum(axis=1))
+    H = config.head_dim
+    of_cluster, of_code = H * 4 / 8 + 2 + 2 + 4, H * 2 / 8 + 2
+    expected = np.asarray(looked.clusters) * of_cluster + np.asarray(looked.codes) * of_code
+    np.testing.assert_allclose(index.index_bytes(tree, looked), expected)
+    _, everything, _ = index.look(tree, q[None], 1, jnp.full(3, -jnp.inf))
+    np.testing.assert_array_equal(everything.clusters[0], live[0] + live[1])
+    np.testing.assert_array_equal(everything.codes[0], tree.num_keys)
 
 
 @pytest.mark.parametrize(("name", "match"), [("exact", "keys"), ("library", "bytes"), ("snapkv", "bytes")])
@@ -264,7 +289,7 @@ def test_tables_by_hand():
 
 
 def test_the_quick_form_on_the_embedded_model(tmp_path, capsys):
-    command = ["--quick", "--model", "embedded", "--lengths", "384", "--fed", "32", "--num-texts", "0"]
+    command = ["--quick", "--model", "embedded", "--lengths", "384", "--fed", "32", "--num-texts", "1"]
     command += ["--budgets", "0.25", "--methods", "exact", "--out", str(tmp_path)]
     command += ["--config", "cluster_fractions=(0.1,)"]
     real.main(command)
@@ -272,8 +297,8 @@ def test_the_quick_form_on_the_embedded_model(tmp_path, capsys):
     found = [json.loads(line) for line in lines]
     names = {one["method"] for one in found}
     assert names == {"dense", "exact", "library cluster_fractions=(0.1,)"}
-    assert {one["measure"] for one in found} == {"needles"}
-    dense = next(one for one in found if one["method"] == "dense")
+    assert {one["measure"] for one in found} == {"lm", "needles"}
+    dense = next(one for one in found if (one["measure"], one["method"]) == ("needles", "dense"))
     assert np.mean(dense["right"]) > 0.9  # all, with the weights of today
     for one in found:
         assert one["read"] <= 0.32 or one["match"] in ("asked", "dense")

@@ -1,6 +1,6 @@
 """How often the embedded model answers exactly right, by length of the document, with dense attention.
 
-    python -m squeezejax.models.embedded.evaluate
+    python -m benchmarks.embedded.evaluate
 
 Documents come from held-out seeds. Every question is asked alone, right after the document; a reply counts where greedy
 decoding gives it to the last token, <eos> included. That is so exactly when every token of the right reply has the
@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.models import Llama
+from benchmarks.embedded.batches import Encoder
+from squeezejax import models
+from squeezejax.models import Llama, embedded
 from squeezejax.models.embedded import text
-from squeezejax.models.embedded.batches import Encoder
 from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.pallas_kernels.xla.softmax import partial_attention
-
-HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +100,9 @@ def evaluate(params: Llama, encoder: Encoder, lengths=LENGTHS, report=print) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Table of exact replies by document length, with dense attention.")
-    parser.add_argument("--model", type=Path, default=HERE, help="checkpoint directory (default: the committed one)")
-    from squeezejax import models
-
+    parser.add_argument(
+        "--model", type=Path, default=embedded.PATH, help="checkpoint directory (default: the committed one)"
+    )
     directory = parser.parse_args().model
     evaluate(models.load(directory), Encoder(directory), report=functools.partial(print, flush=True))
 

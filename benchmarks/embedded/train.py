@@ -1,6 +1,6 @@
 """Trains the embedded model: a small Llama that answers questions about facts planted in a long text.
 
-    python -m squeezejax.models.embedded.train --work DIR --out DIR
+    python -m benchmarks.embedded.train --work DIR --out DIR
 
 Contexts grow from phase to phase: looking a name up in the text ("induction") is learnt where the text is short, and
 only then stretched. A phase ends early when the answers in its batches are right often enough. `--work` holds the
@@ -22,13 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from squeezejax.models import Llama, LlamaConfig, RopeConfig
-from squeezejax.models.embedded import evaluate, export
-from squeezejax.models.embedded.batches import Encoder, Shape, make_batch
+from benchmarks.embedded import evaluate, export
+from benchmarks.embedded.batches import Encoder, Shape, make_batch
+from squeezejax.models import Llama, LlamaConfig, RopeConfig, embedded
 from squeezejax.models.layers import rope_frequencies
 from squeezejax.pallas_kernels.layout import split_heads
-
-HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +282,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25, help="steps between reports")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(HERE)
+    encoder = Encoder(embedded.PATH)
     config = model_config(encoder.vocab_size, encoder.eos)
     params = initial_weights(config, jax.random.key(arguments.seed))
     state = arguments.work / "state.npz"

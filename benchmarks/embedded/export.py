@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save as serialize
 
+from benchmarks.embedded import tokenizer
 from squeezejax.models import Llama, LlamaConfig
-from squeezejax.models.embedded import tokenizer
 
 
 def round_weights(params: Llama) -> Llama:

@@ -1,6 +1,6 @@
 """The embedded model's tokenizer: byte-level BPE that knows the generator's words whole and any other text by bytes.
 
-    python -m squeezejax.models.embedded.tokenizer --out DIR
+    python -m benchmarks.embedded.tokenizer --out DIR
 
 writes tokenizer.json and tokenizer_config.json, the same bytes every time. The chat format, in full:
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from squeezejax.models import embedded
 from squeezejax.models.embedded import text
 
 BOS, EOS = "<bos>", "<eos>"
@@ -87,7 +88,7 @@ def save(directory: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model's tokenizer (seconds; deterministic).")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="directory (default: this package)")
+    parser.add_argument("--out", type=Path, default=embedded.PATH, help="directory (default: the embedded model's)")
     save(parser.parse_args().out)
 
 

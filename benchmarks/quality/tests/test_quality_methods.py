@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
+from benchmarks.embedded import batches
 from benchmarks.quality import measure, methods, tasks
 from benchmarks.quality.methods import METHODS, Cache, Fixed, Units
 from squeezejax import Estimate, SqueezeConfig, add_value_centroids, attend, models
 from squeezejax.models import embedded
-from squeezejax.models.embedded import batches
 from squeezejax.pallas_kernels.interface import Reading
 
 PAPER = {
