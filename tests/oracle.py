@@ -479,7 +479,7 @@ def model_tree(params, tokens, config, seed=0, clusters=(4, 14)):
     """A calibrated tree of tokens [S+W] without K-means: random labels, keys of a plain forward pass."""
     q, k, v, _ = plain_forward(params, tokens)
     rng = np.random.default_rng(seed)
-    L, K, S = k.shape[0], k.shape[1], k.shape[2] - config.observation_window
+    L, K, S = k.shape[0], k.shape[1], k.shape[2] - config.always_read
     labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
     for entry, C in zip(labels, clusters, strict=True):
         entry[0, 0, 0] = C - 1

@@ -185,6 +185,65 @@ def test_progress_and_the_same_key_give_the_give_the_same_tree(case):
     assert set(seen[-1].seconds) == {"prefill", "clustering", "calibration"}
 
 
+@pytest.fixture(scope="module", params=[(0.2,), (0.07, 0.2)], ids=["flat", "two levels"])
+def coded(request):
+    """(params, a tree with sinks and codes, the same with the second part)."""
+    params = oracle.make_model()
+    config = SqueezeConfig(
+        cluster_fractions=request.param,
+        sinks=3,
+        observation_window=W,
+        kmeans_iterations=1,
+        kmeans_swap_rounds=0,
+        query_block=1,
+    )
+    first = squeeze(params, FIRST, config)
+    return params, first, append(params, first, SECOND, key=KEY)
+
+
+def test_codes_of_both_parts(coded, tmp_path):
+    """Old codes stay; new ones leave out the same mean; sinks stay the first tokens; keys are near their codes."""
+    _, first, second = coded
+    assert (first.num_keys, second.num_keys, second.context_length) == (57, 117, 126)
+    assert second.config == first.config
+    for name in ("keys", "key_codes", "key_steps", "order"):
+        np.testing.assert_array_equal(getattr(second, name)[:, :, :57], getattr(first, name)[:, :, :57])
+    np.testing.assert_array_equal(second.window_keys[:, :, :3], first.window_keys[:, :, :3])
+    for old, new in zip(first.levels, second.levels, strict=True):
+        np.testing.assert_array_equal(new.offset, old.offset)
+        C = old.counts.shape[2]
+        for name in ("codes", "steps", "spreads", "counts"):
+            np.testing.assert_array_equal(getattr(new, name)[:, :, :C], getattr(old, name))
+    for layer, head in np.ndindex(2, 2):
+        rounded = oracle.rounded_centroids(second, -1, layer, head)
+        packed, steps = (x[layer, head] for x in (second.key_codes, second.key_steps))
+        residual = oracle.decode(packed, steps, 2, 6) @ oracle.rotation(6)
+        keys = np.float64(second.keys[layer, head])
+        for c, rows in enumerate(oracle.CommonScale(second, layer, head).rows_of(len(second.levels) - 1)):
+            left = keys[list(rows)] - rounded[c]
+            error = np.linalg.norm(left - residual[list(rows)], axis=1)
+            assert np.all(error <= 0.6 * np.linalg.norm(left, axis=1) + 1e-6)
+    squeezejax.save(tmp_path / "a", second)
+    chex.assert_trees_all_equal(squeezejax.load(tmp_path / "a"), second)
+
+
+def test_questions_over_codes_of_both_parts(coded):
+    params, _, tree = coded
+    question = np.array([5, 11, 7])
+    _, _, _, logits = oracle.plain_forward(params, np.concatenate([TOKENS[:126], question]))
+    state = squeezejax.prefill(params, tree, question, sparsity=0.0)
+    np.testing.assert_allclose(state.logits[0], logits[-1], atol=1e-3)
+    q = np.random.default_rng(2).normal(size=(1, 4, 6)).astype(np.float32)
+    checked = 0
+    for layer, sparsity in ((0, 0.5), (1, 0.5), (0, 0.7), (1, 0.7)):
+        log_T = np.asarray(squeezejax.log_thresholds(tree, sparsity))
+        mask, gap = oracle.selected_mask(tree, layer, q, log_T)
+        if gap > 1e-5 and mask[:, :57].sum() > 0 and mask[:, 57:].sum() > 0:
+            checked += 1
+            np.testing.assert_array_equal(oracle.mask_jit(tree, q, layer, log_T), mask)
+    assert checked
+
+
 def test_without_a_window_and_over_many_chunks(monkeypatch):
     """Chunks of 16 tokens over a tree: the keys of one pass."""
     monkeypatch.setattr(sys.modules["squeezejax.offline.squeeze"], "CHUNK", 16)

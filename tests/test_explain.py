@@ -133,6 +133,29 @@ def test_numbers_are_those_of_numpy(params, tree):
     assert not found.dense
 
 
+def test_numbers_of_the_default_index(params):
+    """Sinks first, the window last; what is kept is what answering kept; all attention is accounted for."""
+    config = SqueezeConfig(cluster_fractions=(0.1, 0.3), sinks=4, observation_window=W, query_block=3, sparsity=0.6)
+    tree = oracle.model_tree(params, np.random.default_rng(8).integers(0, 31, 4 + S + W), config)
+    options = {"sparsity": 0.6, "implementation": "xla"}
+    made = squeezejax.generate(params, tree, QUESTION, max_new_tokens=3, **options)
+    found = explain(params, tree, QUESTION, made.tokens[0], **options)
+    assert found.token_attended.shape == (3, 4 + S + W)
+    assert found.token_kept.shape == found.token_missed.shape == (3, S)
+    np.testing.assert_allclose(found.kept_fraction, made.kept_fraction[0], rtol=1e-5)
+    np.testing.assert_allclose(found.prefill_kept_fraction, made.prefill_kept_fraction[0], rtol=1e-5)
+    assert 0.1 < found.kept_fraction < 0.9
+    np.testing.assert_allclose(found.head_kept.mean(axis=2), found.kept.mean(axis=0), atol=1e-6)
+    never, always = found.head_kept == 0, found.head_kept > 1 - 1e-6
+    assert np.all(found.head_attended[..., 4 : 4 + S][never] == 0)
+    assert np.all(found.head_missed[always] == 0)
+    assert np.all(found.head_attended[..., [*range(4), *range(4 + S, 4 + S + W)]] > 0)
+    # With every key kept, nothing is missed, and own tokens receive the rest.
+    whole = explain(params, tree, QUESTION, made.tokens[0], sparsity=0.0, implementation="xla")
+    assert np.all(whole.missed == 0)
+    assert np.all((whole.attended > 0) & (whole.attended < 1))
+
+
 def test_every_key_kept_is_said(params, tree, monkeypatch):
     """By sparsity 0, and where a context is so short that selecting cannot pay."""
     asked = explain(params, tree, QUESTION, ANSWER, sparsity=0.0)

@@ -514,3 +514,48 @@ def test_without_a_named_implementation_answers_are_squeezed_or_dense(params, tr
     expected = dense if np.all(found.kept_fraction == 1) else answer
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.prefill_kept_fraction, expected.prefill_kept_fraction, rtol=1e-6)
+
+
+# ---- The default index
+
+
+@pytest.fixture(scope="module")
+def coded(params):
+    """A tree with sinks, clusters in 4 bits and keys in 2; blocks of query tokens."""
+    config = SqueezeConfig(cluster_fractions=(0.3,), sinks=4, observation_window=W, query_block=3, sparsity=0.6)
+    return oracle.model_tree(params, RNG.integers(0, 31, 4 + S + W), config, clusters=(14,))
+
+
+def test_default_index_answers_users_as_if_alone(params, coded):
+    """Ragged users, in parts, at any sparsity without compiling again; and at 0 the tokens of dense attention."""
+    lengths = np.array([T, 3], np.int32)
+    answer_all = jax.jit(
+        lambda tokens, lengths, sparsity: generate(
+            params, coded, tokens, lengths=lengths, sparsity=sparsity, max_new_tokens=NEW
+        )
+    )
+    both = answer_all(QUESTIONS, lengths, 0.6)
+    assert np.all((both.kept_fraction > 0.05) & (both.kept_fraction < 0.9))
+    state = prefill(params, coded, QUESTIONS, lengths=lengths, sparsity=0.6)
+    parts, _ = decode(params, coded, state, NEW, sparsity=0.6)
+    np.testing.assert_array_equal(parts.tokens, both.tokens)
+    alone = generate(params, coded, QUESTIONS[1:, :3], max_new_tokens=NEW, sparsity=0.6)
+    np.testing.assert_array_equal(alone.tokens[0], both.tokens[1])
+    np.testing.assert_allclose(alone.kept_fraction[0], both.kept_fraction[1], rtol=1e-5)
+    np.testing.assert_allclose(alone.prefill_kept_fraction[0], both.prefill_kept_fraction[1], rtol=1e-5)
+    with oracle.count_compilations() as compiled:
+        every, none = (answer_all(QUESTIONS, lengths, sparsity) for sparsity in (0.0, 1.0))
+        unknown = answer_all(QUESTIONS, lengths, np.float32(np.nan))
+    assert not compiled
+    assert np.all(every.kept_fraction == 1)
+    assert np.all(none.kept_fraction == 0)
+    np.testing.assert_array_equal(unknown.tokens, every.tokens)
+    dense = dense_generate(params, coded, QUESTIONS, lengths=lengths, max_new_tokens=NEW, implementation="xla")
+    np.testing.assert_array_equal(every.tokens, dense.tokens)
+
+
+def test_default_index_says_what_it_missed(params, coded):
+    plain = generate(params, coded, QUESTIONS, max_new_tokens=NEW)
+    measured = generate(params, coded, QUESTIONS, max_new_tokens=NEW, estimate=squeezejax.Estimate())
+    np.testing.assert_array_equal(measured.tokens, plain.tokens)
+    assert np.all((measured.missed_mass > 0.005) & (measured.missed_mass < 0.9))

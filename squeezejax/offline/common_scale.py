@@ -3,8 +3,10 @@
 Three things come of the window's queries (docs/method.md, Calibration):
 
 - for every query head, how the denominator that clusters give has to be corrected, log true ≈ a + b · log estimated;
-- the finest level's threshold for every sparsity: a quantile of the scores of all keys to all queries;
-- the thresholds of the levels above, so low that they lose `config.coarse_loss` of what the finest would keep;
+- the thresholds of the levels above, by that of the finest: so low that they lose no more than `config.coarse_loss` of
+  what the finest would keep;
+- the finest level's threshold for every sparsity: a quantile, over all keys and queries, of the highest threshold at
+  which the key would be kept, by all levels together. That takes a second pass;
 - what that costs: the share of these queries' exact attention that goes to keys not kept, at every sparsity.
 
 Scores are counted in bins, so that memory does not grow with the context; a bin is far narrower than 1e-3 of a score.
@@ -42,16 +44,12 @@ class _Counts(NamedTuple):
 
 def table(tree: Tree, queries) -> dict[str, jax.Array]:
     """The fields of a calibrated tree: sparsities, thresholds and denominators; queries [L N W H]."""
-    denominators, total = [], None
-    for layer in range(tree.num_layers):
-        fitted, counts = _count_layer(tree, queries[layer], jnp.int32(layer))
-        denominators.append(fitted)
-        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
-        total = counts if total is None else jax.tree.map(np.add, total, counts)
-    one, block = (
-        _thresholds(finest, joint, GRID.astype(np.float64), tree.config.coarse_loss)
-        for finest, joint in zip(total.finest, total.joint, strict=True)
-    )
+    config = tree.config
+    nowhere = np.full((2, config.num_thresholds - 1, _num_bins(COARSE)), -np.inf, np.float32)
+    denominators, total = _count_layers(tree, queries, nowhere)
+    above = np.stack([_above(joint, config.coarse_loss) for joint in total.joint])
+    finest = _count_layers(tree, queries, above)[1].finest if config.num_thresholds > 1 else total.finest
+    one, block = (_thresholds(*of, GRID.astype(np.float64)) for of in zip(finest, above, strict=True))
     all_mass = queries.shape[0] * queries.shape[1] * queries.shape[2]
     return {
         "sparsities": jnp.asarray(GRID),
@@ -62,12 +60,23 @@ def table(tree: Tree, queries) -> dict[str, jax.Array]:
     }
 
 
+def _count_layers(tree: Tree, queries, above):
+    """([denominators f32[K G 2] of each layer], `_Counts` of all, f64); queries [L N W H], above: limits of a head."""
+    denominators, total = [], None
+    for layer in range(tree.num_layers):
+        fitted, counts = _count_layer(tree, queries[layer], jnp.int32(layer), jnp.asarray(above, jnp.float32))
+        denominators.append(fitted)
+        counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
+        total = counts if total is None else jax.tree.map(np.add, total, counts)
+    return denominators, total
+
+
 @jax.jit
-def _count_layer(tree: Tree, queries, layer):
+def _count_layer(tree: Tree, queries, layer, above):
     """(denominators f32[K G 2], `_Counts`) of one layer, whole on every device; queries [N W H]."""
     mesh = sharding.mesh_of(tree)
     if mesh is None:
-        return _count_here(tree, queries, layer)
+        return _count_here(tree, queries, layer, above)
     whole, heads = sharding.spec(mesh, ""), sharding.spec(mesh, "K")
     axes = tuple(axis for axis in ("model", "context") if sharding.size_of(mesh, axis) > 1)
 
@@ -75,13 +84,13 @@ def _count_layer(tree: Tree, queries, layer):
         fitted, counts = _count_here(*args, context=sharding.context_axis(mesh))
         return fitted, jax.tree.map(lambda x: jax.lax.psum(x, axes), counts) if axes else counts
 
-    in_specs = (sharding.specs(mesh, tree), heads, whole)
+    in_specs = (sharding.specs(mesh, tree), heads, whole, whole)
     call = sharding.map_shards(count_shard, mesh, in_specs, (heads, whole))
-    fitted, counts = call(sharding.local_numbers(tree), queries, layer)
+    fitted, counts = call(sharding.local_numbers(tree), queries, layer, above)
     return sharding.constrain(tree, fitted, ""), counts
 
 
-def _count_here(tree: Tree, queries, layer, context: str | None = None):
+def _count_here(tree: Tree, queries, layer, above, context: str | None = None):
     """`_count_layer` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
     K = tree.num_kv_heads
     H = queries.shape[-1]
@@ -90,7 +99,7 @@ def _count_here(tree: Tree, queries, layer, context: str | None = None):
     def one_head(head):
         here = jax.tree.map(lambda leaf: leaf[layer, head], _read_by(tree))
         plain = q[head].reshape(-1, H).astype(jnp.float32) / np.sqrt(H)
-        return _count_head(tree.config, here, plain, q.shape[1:3], context)
+        return _count_head(tree.config, here, plain, q.shape[1:3], above, context)
 
     # One head after another, also on accelerators: a head's scores of all queries are large.
     fitted, counts = jax.lax.map(one_head, jnp.arange(K))
@@ -118,8 +127,12 @@ def _read_by(tree: Tree) -> _Head:
     return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), tree.window_keys)
 
 
-def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str | None):
-    """(denominators f32[G 2], `_Counts`) of one head; plain f32[W·G H], queries over √H; shape (W, G)."""
+def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, context: str | None):
+    """(denominators f32[G 2], `_Counts`) of one head; plain f32[W·G H], queries over √H; shape (W, G).
+
+    limits f32[2, levels above, bins of the finest level]: log T of levels above, ascending, by that of the finest. The
+    finest scores are counted no higher than the threshold at which levels above would drop the key.
+    """
     W, G = shape
     turned = codes.rotate(plain)
     half_square = jnp.sum(plain * plain, axis=1) / 2
@@ -169,7 +182,11 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], context: str
             owners.insert(0, level.parents[owners[0]])
         above = list(zip(log_A, owners, strict=True))[: total.joint.shape[1]]
         live = (rows.order >= 0).astype(jnp.float32)[:, None]
-        finest = jnp.stack([_count(x, live) for x in of_rows])
+        finest = []
+        for i, x in enumerate(of_rows):
+            caps = [_cap(scores[i], limits[i, depth])[owner] for depth, (scores, owner) in enumerate(above)]
+            finest.append(_count(functools.reduce(jnp.minimum, caps, x), live))
+        finest = jnp.stack(finest)
         joint = [[_count_pairs(x, scores[i][owner], live) for scores, owner in above] for i, x in enumerate(of_rows)]
         mass = jnp.exp(product(rows.keys.astype(jnp.float32), plain) - everything[None, :])
         mass = live * jnp.sum(mass.reshape(-1, W, G), axis=2)
@@ -245,24 +262,44 @@ def _missed(mass, log_T) -> np.ndarray:
     return np.where(np.isneginf(log_T[-1]), 0.0, mass.sum() - kept[finest, above])
 
 
-def _thresholds(finest, joint, grid, loss: float) -> np.ndarray:
-    """log T f64[levels P] at the sparsities of a grid, from counts as in `_Counts`."""
-    edges = LOWEST + np.arange(_num_bins(FINE) + 1) / FINE
-    above = np.concatenate([np.cumsum(finest[::-1])[::-1], [0.0]])  # keys at or above each edge
-    total = max(above[0], 1.0)
-    # What levels above will lose, the finest makes up for.
-    wanted = (1 - grid) * total
-    share = min(1.0, len(joint) * loss)
-    wanted = np.minimum(wanted / (1 - share), total)
-    # The lowest edge with no more than that at or above it; −∞ for everything.
-    at = np.argmax(above[None, :] <= wanted[:, None] * (1 + 1e-12), axis=1)
-    rows = [np.where(wanted >= total, -np.inf, edges[at])]
-    coarse_edges = LOWEST + np.arange(_num_bins(COARSE) + 1) / COARSE
-    for counts in joint[::-1]:
+def _cap(log_A, limits):
+    """The highest threshold of the finest level at which `limits` f32[bins] keep clusters of log A f32[…]."""
+    # They keep it in so many bins, the lowest ones: up to an edge, and just below it to count as not reaching it.
+    edges = LOWEST + np.arange(len(limits) + 1) / COARSE - 0.5 / FINE
+    edges[0], edges[-1] = -np.inf, np.inf
+    return jnp.asarray(edges, jnp.float32)[jnp.searchsorted(limits, log_A.reshape(-1))].reshape(log_A.shape)
+
+
+def _above(joint, loss: float) -> np.ndarray:
+    """log T f64[levels above, bins of the finest level], ascending, from the counts [levels above, bins, bins]."""
+    edges = LOWEST + np.arange(_num_bins(COARSE)) / COARSE
+    found = np.full((len(joint), len(edges)), -np.inf)
+    for row, counts in zip(found, joint, strict=True):
         kept = np.cumsum(counts[::-1], axis=0)[::-1]  # by bin of the level above, keys in or above a bin of the finest
-        first = np.clip(np.floor((np.maximum(rows[-1], LOWEST) - LOWEST) * COARSE).astype(int), 0, len(kept) - 1)
-        lost = np.cumsum(kept[first], axis=1)
-        below = np.argmax(lost > loss * lost[:, -1:], axis=1)  # bins below this one lose no more than `loss`
-        row = np.where(below == 0, -np.inf, coarse_edges[below])
-        rows.insert(0, np.where(np.isinf(rows[-1]), -np.inf, row))
-    return np.stack(rows)
+        all_kept = np.sum(kept, axis=1)
+        # No more than a part of what is dropped anyway: a low sparsity could not be met otherwise.
+        dropped = (all_kept[0] - all_kept) / np.maximum(all_kept, 1)
+        lost = np.cumsum(kept, axis=1)
+        below = np.argmax(lost > (np.minimum(loss, dropped / (2 * len(joint))) * all_kept)[:, None], axis=1)
+        row[:] = np.where((below == 0) | (all_kept == 0), -np.inf, edges[below])
+        beyond = all_kept == 0  # no key scores so high
+        if not beyond.all():
+            row[beyond] = row[~beyond].max(initial=-np.inf)
+        row[:] = np.minimum.accumulate(row[::-1])[::-1]
+    return found
+
+
+def _thresholds(finest, above, grid) -> np.ndarray:
+    """log T f64[levels P] at the sparsities of a grid; finest [bins] counts keys by when they are dropped."""
+    edges = LOWEST + np.arange(_num_bins(FINE) + 1) / FINE
+    reach = np.concatenate([np.cumsum(finest[::-1])[::-1], [0.0]])  # keys at or above each edge
+    total = max(reach[0], 1.0)
+    wanted = (1 - grid) * total
+    # The lowest edge with no more than that at or above it, or the one below if that comes closer: where levels above
+    # drop clusters, many keys go at once. −∞ for everything.
+    at = np.argmax(reach[None, :] <= wanted[:, None] * (1 + 1e-12), axis=1)
+    closer = reach[np.maximum(at - 1, 0)] - wanted < wanted - reach[at]
+    at = np.where(closer, np.maximum(at - 1, 0), at)
+    everything = (wanted >= total) | (at == 0)
+    bins = np.minimum(at * COARSE // FINE, above.shape[1] - 1)
+    return np.where(everything[None], -np.inf, np.stack([*(row[bins] for row in above), edges[at]]))

@@ -19,15 +19,17 @@ CONTEXT = RNG.integers(0, 31, S + W)
 QUESTIONS = RNG.integers(0, 31, (4, T)).astype(np.int32)
 LENGTHS = np.array([5, 3, 1, 4], np.int32)
 SPARSITIES = (0.6, 0.0, 1.0)  # some keys, all of them, none
-CLUSTERS = {"flat": (14,), "hierarchical": (4, 14)}
-FRACTIONS = {"flat": (0.3,), "hierarchical": (0.1, 0.3)}
+CLUSTERS = {"flat": (14,), "hierarchical": (4, 14), "codes": (14,), "codes below a hierarchy": (4, 14)}
+FRACTIONS = {1: (0.3,), 2: (0.1, 0.3)}
 
 
 @functools.cache
 def on_one_device(heads, kv_heads, kind):
     """A model, a tree of a context, and the answers to the questions at each sparsity."""
     params = oracle.make_model(num_heads=heads, num_kv_heads=kv_heads)
-    config = SqueezeConfig.paper(cluster_fractions=FRACTIONS[kind], observation_window=W, query_block=2, sparsity=0.6)
+    make = functools.partial(SqueezeConfig, sinks=3) if "codes" in kind else SqueezeConfig.paper
+    fractions = FRACTIONS[len(CLUSTERS[kind])]
+    config = make(cluster_fractions=fractions, observation_window=W, query_block=2, sparsity=0.6)
     tree = oracle.model_tree(params, CONTEXT, config, clusters=CLUSTERS[kind])
     answers = {sparsity: generate(params, tree, QUESTIONS, LENGTHS, sparsity) for sparsity in SPARSITIES}
     assert np.all((answers[0.6].kept_fraction > 0.02) & (answers[0.6].kept_fraction < 0.9))
@@ -53,6 +55,8 @@ def put_all(mesh, params, tree):
         (4, 2, "hierarchical", {"model": 4, "context": 2}),  # fewer key/value heads than devices
         (4, 4, "hierarchical", {"context": 2, "model": 2}),
         (4, 4, "hierarchical", {"data": 2, "model": 4}),
+        (4, 2, "codes", {"context": 4}),
+        (4, 2, "codes below a hierarchy", {"data": 2, "model": 2, "context": 2}),
     ],
 )
 def test_same_tokens_and_nothing_sent(heads, kv_heads, kind, axes):
@@ -84,7 +88,7 @@ def test_keys_that_are_sent_would_be_seen():
     assert sent(gather.lower(put(mesh, tree)).compile()) == [("all-gather", [tree.keys.shape])]
 
 
-@pytest.mark.parametrize("kind", ["flat", "hierarchical"])
+@pytest.mark.parametrize("kind", CLUSTERS)
 @pytest.mark.parametrize("axes", [{"context": 4}, {"model": 4, "context": 2}])
 def test_same_key_masks(kind, axes):
     _, tree, _ = on_one_device(4, 2, kind)
@@ -102,6 +106,22 @@ def test_same_key_masks(kind, axes):
         np.testing.assert_array_equal(oracle.mask_jit(spread, q[at], 1, log_T), mask)
         kept.append(float(jnp.mean(mask.astype(jnp.float32))))
     assert any(0.05 < share < 0.95 for share in kept)
+
+
+@pytest.mark.parametrize("axes", [{"context": 2}, {"model": 2, "context": 4}, {"data": 2, "model": 4}])
+@pytest.mark.parametrize("kind", ["codes", "codes below a hierarchy"])
+def test_calibration_of_the_common_scale(kind, axes):
+    """Counts and denominators are those of one device."""
+    _, tree, _ = on_one_device(4, 2, kind)
+    queries = jnp.asarray(RNG.normal(size=(2, 4, 9, 6)), jnp.float32)
+    one = squeezejax.calibrate(tree, queries)
+    mesh = make_mesh(**axes)
+    many = squeezejax.calibrate(put(mesh, squeezejax.split_context(tree, axes.get("context", 1))), queries)
+    np.testing.assert_allclose(many.denominators, one.denominators, atol=1e-4)
+    for sparsity in (0.2, 0.5, 0.8):
+        ours, theirs = (np.asarray(squeezejax.log_thresholds(t, sparsity)) for t in (many, one))
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    np.testing.assert_allclose(many.missed_masses, one.missed_masses, atol=1e-3)
 
 
 def test_ties():
