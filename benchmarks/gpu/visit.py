@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 # Trees are large and PyTorch runs beside: memory is taken as it is needed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = ("benchmarks", "models", "pallas_kernels", "squeezejax")
 LIMIT = 120.0  # seconds that a suite may take; see `LIMITS`
 LIMITS = {"check attention": 240.0, "check step": 240.0, "check prefill": 240.0, "time SDPA of PyTorch": 180.0}
@@ -38,9 +38,9 @@ FOUND = "FOUND "  # how a suite's process begins the line of a number
 
 def suites() -> dict:
     """name -> what to run: everything that has to be right, then times in order of value."""
-    from benchmarks import gpu_decode, gpu_model, gpu_offline, gpu_prefill  # which start JAX
+    from benchmarks.gpu import decode, model, offline, prefill  # which start JAX
 
-    modules = gpu_decode, gpu_model, gpu_prefill, gpu_offline
+    modules = decode, model, prefill, offline
     checks = {name: run for module in modules for name, run in module.checks().items()}
     return checks | {name: run for module in modules for name, run in module.suites().items()}
 
