@@ -19,6 +19,7 @@ from squeezejax.arguments import check_number
 from squeezejax.tree import Tree
 
 LOOK_UP = 0.10
+LOOK_UP_OF_CODES = 0.55  # with codes of keys, whose candidates are scored one by one
 READ_BY_LIST = 2.0
 OVERHEAD = 10e6  # bytes that dense attention reads in the time of the fixed overhead
 
@@ -30,7 +31,8 @@ def dense_if_cheaper(tree: Tree, sparsity, log_T):
     """
     _, K, _, H = tree.keys.shape
     read = 2 * K * H * tree.keys.dtype.itemsize * tree.num_keys
-    return _dense_if_cheaper(check_number("sparsity", sparsity), log_T, LOOK_UP + OVERHEAD / read, READ_BY_LIST)
+    look_up = LOOK_UP_OF_CODES if tree.config.key_bits else LOOK_UP
+    return _dense_if_cheaper(check_number("sparsity", sparsity), log_T, look_up + OVERHEAD / read, READ_BY_LIST)
 
 
 @functools.partial(jax.jit, static_argnames=("fixed", "by_list"))
