@@ -349,8 +349,12 @@ def test_calibration(levels, key_bits):
     for p in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
         log_T = np.float64(squeezejax.log_thresholds(tree, p))
         if not above:
-            quantile = np.log(np.quantile(np.exp(scores[:, -1]), p))
-            np.testing.assert_allclose(log_T[-1], quantile, atol=1e-3)
+            # In the tail scores lie further apart than that; anywhere between two of them the same keys are kept.
+            low, high = (np.quantile(scores[:, -1], p, method=way) for way in ("lower", "higher"))
+            assert low - 1e-3 <= log_T[-1] <= high + 1e-3
+            if p >= 0.3:
+                quantile = np.log(np.quantile(np.exp(scores[:, -1]), p))
+                np.testing.assert_allclose(log_T[-1], quantile, atol=1e-3)
         best = scores[:, -1] > log_T[-1]
         for depth in range(above):
             lost = np.mean(scores[best, depth] <= log_T[depth])
