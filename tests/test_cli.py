@@ -175,6 +175,21 @@ def test_info(folder, capsys):
     assert all(len(line) < 120 for line in text.splitlines() if "=" not in line)
 
 
+def test_info_says_what_a_sparsity_misses(tmp_path, capsys):
+    keys, values, queries = (jax.random.normal(jax.random.key(i), (1, 2, 300, 8)) for i in range(3))
+    tree = squeezejax.calibrate(build_tree(keys, values, SqueezeConfig()), queries[:, :, :100])
+    storage.save(tmp_path / "a.tree", tree)
+    assert cli.main(["info", "--json", str(tmp_path / "a.tree")]) == 0
+    missed = json.loads(capsys.readouterr().out)["missed_mass"]
+    for sparsity, share in missed.items():
+        assert abs(share - float(squeezejax.expected_missed_mass(tree, float(sparsity)))) < 1e-4
+    assert 0 < missed["0.5"] < missed["0.9"] < missed["0.99"] < 1
+    least = squeezejax.sparsity_for(tree, missed["0.9"] + 1e-3)
+    assert 0.9 <= least < 0.95
+    assert cli.main(["info", str(tmp_path / "a.tree")]) == 0
+    assert f"{missed['0.9']:8.1%}" in capsys.readouterr().out
+
+
 def test_info_of_a_tree_that_is_not_calibrated(tmp_path):
     keys = jax.random.normal(jax.random.key(0), (2, 2, 40, 4))
     config = SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=0)

@@ -61,7 +61,7 @@ WRONG = [
     ({"stop_tokens": [466.5]}, r"stop_tokens must be token ids \(integers\).*466.5"),
     ({"stop_tokens": "</s>"}, r"stop_tokens must be token ids \(integers\)"),
     ({"stop_tokens": [10**30]}, r"stop_tokens must be token ids \(integers\)"),
-    ({"stop_tokens": {2, "a"}}, r"stop_tokens must be token ids \(integers\)"),
+    ({"stop_tokens": {"a"}}, r"stop_tokens must be token ids \(integers\)"),
     ({"stop_tokens": [[1], [2]]}, "stop_tokens is given for 2 users, and there are 3"),
     ({"max_new_tokens": 3.0}, r"max_new_tokens, the number of tokens to generate, must be a whole number, got 3.0"),
     ({"max_new_tokens": "3"}, "must be a whole number, got '3'"),

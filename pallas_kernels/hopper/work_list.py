@@ -189,7 +189,7 @@ class Lister:
 
     A sum across the warps of a warpgroup goes through shared memory that Mosaic reserves once a CTA: two warpgroups
     that reduce so at once overwrite each other's sums, which no barrier of either prevents. `prepare` does that;
-    `items`, called while other warpgroups work, sums within warps only. `benchmarks.mosaic_code` finds violations.
+    `items`, called while other warpgroups work, sums within warps only. `benchmarks.gpu.mosaic_code` finds violations.
     """
 
     kept: Kept  # references

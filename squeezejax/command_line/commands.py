@@ -23,10 +23,13 @@ from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
+from squeezejax.offline.thresholds import expected_missed_mass, sparsity_for
 from squeezejax.online.generate import dense_generate
 from squeezejax.online.reading import reading_of
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
+
+MOST_MISSED = 0.05  # of attention; with more, `ask --stats` names a sparsity that misses less
 
 # ---- files and models
 
@@ -226,7 +229,22 @@ def _answer(asking: _Asking, session: Session, ids) -> str:
     print()
     if asking.stats:
         print(f"[{session.stats}]", file=sys.stderr)
+        _say_what_is_missed(asking)
     return text
+
+
+def _say_what_is_missed(asking: _Asking):
+    """Says on standard error what the sparsity costs, as the build measured it, where it did."""
+    tree, options = asking.tree, asking.options
+    sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
+    if tree.missed_masses is None or sparsity <= 0:
+        return
+    missed = float(expected_missed_mass(tree, sparsity))
+    advice = ""
+    if missed > MOST_MISSED:
+        advice = f"; for at most {MOST_MISSED:.0%} ask with --sparsity {sparsity_for(tree, MOST_MISSED):.2f}"
+    where = "measured at the text's end when it was built"
+    print(f"[at sparsity {sparsity:g} some {missed:.1%} of attention is missed, {where}{advice}]", file=sys.stderr)
 
 
 def _show(piece: str, first: bool) -> str:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from squeezejax.chat.shown import shown_line
 from squeezejax.memory import readable_bytes
-from squeezejax.offline.thresholds import log_thresholds
+from squeezejax.offline.thresholds import expected_missed_mass, log_thresholds
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
@@ -38,7 +38,8 @@ def describe_tree(path) -> dict:
         counts = [tensors.get_tensor(f"levels.{i}.counts") for i in range(header.config.num_levels)]
         table = {}
         if "thresholds" in header.tensors:
-            table = {name: jnp.asarray(tensors.get_tensor(name)) for name in ("sparsities", "thresholds")}
+            names = {"sparsities", "thresholds", "missed_masses"} & header.tensors.keys()
+            table = {name: jnp.asarray(tensors.get_tensor(name)) for name in names}
     return {
         "file": os.path.abspath(path),
         "bytes": os.path.getsize(path),
@@ -53,6 +54,7 @@ def describe_tree(path) -> dict:
         "dtype": header.tensors["keys"].dtype.name,
         "levels": [_describe_level(count) for count in counts],
         "log_thresholds": _describe_thresholds(header, table),
+        "missed_mass": _describe_missed(header, table),
         "config": dataclasses.asdict(header.config),
         "model_fingerprint": header.fingerprint,
         "context_sha256": header.context_hash,
@@ -75,9 +77,22 @@ def _describe_thresholds(header, table) -> dict[str, list[float]] | None:
     """log T of every level at a few sparsities; None for a tree that is not calibrated."""
     if not table:
         return None
-    nothing = dict.fromkeys(("keys", "values", "order", "window_keys", "window_values"))
-    tree = Tree(**nothing, levels=(), config=header.config, num_keys=header.num_keys, **table)
+    tree = _tables(header, table)
     return {str(p): [round(float(t), 3) for t in log_thresholds(tree, p)] for p in SHOWN_SPARSITIES}
+
+
+def _describe_missed(header, table) -> dict[str, float] | None:
+    """The share of attention that goes to keys not read, at a few sparsities, as the build measured it."""
+    if "missed_masses" not in table:
+        return None
+    tree = _tables(header, table)
+    return {str(p): round(float(expected_missed_mass(tree, p)), 4) for p in SHOWN_SPARSITIES}
+
+
+def _tables(header, table) -> Tree:
+    """A tree of nothing but the tables."""
+    nothing = dict.fromkeys(("keys", "values", "order", "window_keys", "window_values"))
+    return Tree(**nothing, levels=(), config=header.config, num_keys=header.num_keys, **table)
 
 
 def _lines(content: dict):
@@ -114,6 +129,8 @@ def _lines(content: dict):
         for number, name in enumerate(names):
             row = (thresholds[number] for thresholds in content["log_thresholds"].values())
             yield f"{'':12} log T, {name}  " + "  ".join(f"{value:8.2f}" for value in row)
+    if content["missed_mass"] is not None:
+        yield f"{'':12} missed    " + "  ".join(f"{share:8.1%}" for share in content["missed_mass"].values())
     yield f"context hash {content['context_sha256'] or 'unknown'}"
     for name, text in content["notes"].items():
         yield f"{'notes' if name == next(iter(content['notes'])) else '':12} {name} = {text!r}"

@@ -20,7 +20,7 @@ CASES = {
 }
 PROGRAM = """
 import json, sys
-from benchmarks.compile_kernels import Case, compile_step, launches
+from benchmarks.gpu.compile_kernels import Case, compile_step, launches
 found = []
 for options in json.loads(sys.argv[1]):
     case = Case(**options)
@@ -37,7 +37,7 @@ GENERATE = """
 import glob, json, os, re, tempfile
 dump = tempfile.mkdtemp()
 os.environ["XLA_FLAGS"] = "--xla_dump_to=" + dump
-from benchmarks.compile_kernels import Case, compile_generate, launches
+from benchmarks.gpu.compile_kernels import Case, compile_generate, launches
 case = Case(64, 4, kv_heads=2, num_keys=32768, layers=4)
 program = compile_generate(case)
 cache = 2 * case.kv_heads * case.num_keys * case.head_dim * 2

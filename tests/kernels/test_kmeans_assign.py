@@ -168,7 +168,7 @@ def test_interpreted(checks):
 
 COMPILE = """
 import json, re
-from benchmarks import compile_offline, deviceless
+from benchmarks.gpu import compile_offline, deviceless
 import jax, jax.numpy as jnp
 floats_added = lambda program: len(re.findall(r"scatter-add\\S* = f32", program.text))
 of_all_heads = lambda program: re.findall(r"\\(s32\\[(\\d+),[^)]*\\) custom-call\\(.*mosaic_gpu", program.text)

@@ -25,7 +25,7 @@ def test_ctas_follow_the_device():
 
 PROGRAM = """
 import json, re, sys
-from benchmarks import deviceless
+from benchmarks.gpu import deviceless
 import jax, jax.numpy as jnp
 from squeezejax.pallas_kernels.hopper import sparse_prefill
 deviceless.TARGET_TEXT = deviceless.TARGET_TEXT.replace("core_count: 132", "core_count: " + sys.argv[1])

@@ -174,7 +174,7 @@ def test_interpreted(checks):
 
 COMPILE = """
 import json, re
-from benchmarks import compile_kernels, deviceless
+from benchmarks.gpu import compile_kernels, deviceless
 import jax, jax.numpy as jnp, squeezejax
 from squeezejax.pallas_kernels import registry
 case, T = compile_kernels.Case(128, 4, num_keys=32768, fractions=(0.01, 0.05)), 512

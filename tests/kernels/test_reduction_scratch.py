@@ -1,7 +1,7 @@
 """No two warpgroups of a kernel reduce across their warps through the same shared memory: read from compiled code.
 
 Interpreters know nothing of that memory, and a GPU shows the race rarely. That the kernels in use are free of it is a
-test of `test_compiled.py`, and part of `python -m benchmarks.compile_kernels`; here, that a race would be found.
+test of `test_compiled.py`, and part of `python -m benchmarks.gpu.compile_kernels`; here, that a race would be found.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ if jax.__version_info__ < (0, 11) or importlib.util.find_spec("jax_plugins") is 
 
 PROGRAM = """
 import json, sys
-from benchmarks import deviceless
+from benchmarks.gpu import deviceless
 import jax, jax.numpy as jnp
 import jax.experimental.pallas as pl, jax.experimental.pallas.mosaic_gpu as plgpu
 from squeezejax.pallas_kernels.hopper.mosaic import ALONG, DOWN, MATRIX, compiler_params, load

@@ -1,4 +1,4 @@
-"""Compiles `generate` with its kernels for a host of eight H200s, without one: `python -m benchmarks.compile_sharded`.
+"""Compiles `generate` and its kernels for eight H200s, without one: `python -m benchmarks.gpu.compile_sharded`.
 
 Two layers with the heads of a 70B model (64 / 8 of 128) over 128,000 keys. Fails on a kernel that spills or is missing,
 and on a collective that could carry a layer's keys. Says nothing about speed.
@@ -8,7 +8,7 @@ import math
 import re
 import sys
 
-from benchmarks import deviceless  # before JAX: it sets its environment
+from benchmarks.gpu import deviceless  # before JAX: it sets its environment
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import (
+from benchmarks.gpu.trees import (
     cache_of,
     compare,
     device_tree,
@@ -193,7 +193,7 @@ def time_ceilings(dry: bool, seed: int, note):
 def time_torch(dry: bool, seed: int, note):
     """PyTorch's SDPA, every back end, in a process of its own: {shape: {back end: seconds, or why not}}."""
     shapes = [(4, 2, 256)] if dry else SDPA
-    command = [sys.executable, "-m", "benchmarks.gpu_torch", json.dumps(shapes)]
+    command = [sys.executable, "-m", "benchmarks.gpu.sdpa", json.dumps(shapes)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     require(run.returncode == 0, run.stderr[-500:])
     for name, found in json.loads(run.stdout.splitlines()[-1]).items():

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention for one query token, all back ends: `python -m benchmarks.gpu_torch SHAPES`.
+"""PyTorch's scaled_dot_product_attention for one query token, all back ends: `python -m benchmarks.gpu.sdpa SHAPES`.
 
 SHAPES is JSON, [[query heads, key/value heads, keys], …], heads of 128 in bfloat16. A process of its own, so that two
 libraries do not fight for the memory of one device. Prints one line of JSON: shape -> back end -> seconds, or why not.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_trees import compare, device_tree, find_thresholds, queries, require, seconds_a_step
+from benchmarks.gpu.trees import compare, device_tree, find_thresholds, queries, require, seconds_a_step
 from squeezejax.online.attention import attend_user
 from squeezejax.pallas_kernels.hopper import block_scores, prefill, self_check, sparse_prefill
 from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, split

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import compare
+from benchmarks.gpu.trees import compare
 from squeezejax.offline.build import build_layer, clustering_of
 from squeezejax.pallas_kernels.hopper import kmeans_assign
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans

@@ -18,7 +18,7 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 os.environ.update(MOSAIC_GPU_DUMP_TO=str(_DUMP), MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1")
 
-from benchmarks import mosaic_code  # noqa: E402
+from benchmarks.gpu import mosaic_code  # noqa: E402
 
 import jax  # noqa: E402 # isort: skip
 from jax.experimental import topologies  # noqa: E402

@@ -1,8 +1,8 @@
-"""The offline half and prefill compiled for an H200, without one: part of `python -m benchmarks.compile_kernels`."""
+"""The offline half and prefill compiled for an H200 without one: part of `python -m benchmarks.gpu.compile_kernels`."""
 
 import dataclasses
 
-from benchmarks import deviceless  # before JAX: it sets its environment
+from benchmarks.gpu import deviceless  # before JAX: it sets its environment
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip

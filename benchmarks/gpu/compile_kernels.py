@@ -1,4 +1,4 @@
-"""Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.compile_kernels`.
+"""Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.gpu.compile_kernels`.
 
 Fails on any spill, and where two warpgroups reduce through the same shared memory; two processes share the work. Writes
 registers, shared memory and the launches and temporaries of one whole decode step (selection, attention, window and
@@ -13,13 +13,13 @@ import pathlib
 import re
 import sys
 
-from benchmarks import deviceless  # before JAX: it sets its environment
+from benchmarks.gpu import deviceless  # before JAX: it sets its environment
 
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
 import squeezejax  # isort: skip
-from benchmarks import compile_offline  # isort: skip
+from benchmarks.gpu import compile_offline  # isort: skip
 from squeezejax.online.generate import _prefill_and_decode  # isort: skip
 from squeezejax.models.config import LlamaConfig  # isort: skip
 from squeezejax.models.llama import Llama  # isort: skip
@@ -28,7 +28,7 @@ from squeezejax.pallas_kernels.interface import Reading  # isort: skip
 from squeezejax.online.sampling import sampling_of  # isort: skip
 from squeezejax.tree import Level, Tree  # isort: skip
 
-TABLE = pathlib.Path(__file__).with_name("results") / "compile_h200.md"
+TABLE = pathlib.Path(__file__).parents[1] / "results" / "compile_h200.md"
 LAUNCHES = ("fusion", "custom-call", "copy", "while", "conditional", "reduce", "dot", "sort", "scatter", "gather",
             "dynamic-slice", "dynamic-update-slice", "transpose", "pad", "concatenate", "slice", "broadcast",
             "iota", "convert", "add")  # fmt: skip
@@ -171,8 +171,8 @@ def main():
     lines = [
         "# Kernels compiled for an H200, without one",
         "",
-        f"Written by `python -m benchmarks.compile_kernels`, JAX {jax.__version__}. One decode step of one layer, the",
-        "public `attend` with T = 1: selection, attention to kept keys, window and user tokens, merge. Registers a",
+        f"Written by `python -m benchmarks.gpu.compile_kernels`, JAX {jax.__version__}. One decode step of one layer,",
+        "the public `attend` with T = 1: selection, attention to kept keys, window and user tokens, merge. Registers a",
         "thread, shared memory in KB.",
         "Nothing here ran on a GPU; speeds are unmeasured.",
         "",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import squeezejax
-from benchmarks.gpu_trees import compare, device_tree, find_thresholds
+from benchmarks.gpu.trees import compare, device_tree, find_thresholds
 from squeezejax.models.config import LlamaConfig
 from squeezejax.models.llama import Llama
 from squeezejax.online.generate import _prefill, empty_state
