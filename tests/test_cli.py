@@ -452,6 +452,26 @@ def test_help_teaches(command, capsys):
     assert max(map(len, text.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("command", ["build --model m --context c --out o", "plan --model m --context-tokens 9"])
+def test_options_are_those_of_the_configuration(command):
+    """Left out, the defaults, or with --paper the paper's; given, what is given."""
+    config = lambda options: commands.squeeze_config(cli.make_parser().parse_args(f"{command} {options}".split()))
+    assert config("") == SqueezeConfig()
+    assert config("--paper") == SqueezeConfig.paper()
+    assert config("--paper --sinks 2 --index-bits 8") == SqueezeConfig.paper(sinks=2, index_bits=8)
+    every = "--cluster-fractions 0.1,0.2 --window 7 --sinks 3 --index-bits 16 --key-bits 1 --cluster-metric cosine"
+    expected = {"cluster_fractions": (0.1, 0.2), "observation_window": 7, "sinks": 3, "index_bits": 16, "key_bits": 1}
+    assert config(every) == SqueezeConfig(**expected, cluster_metric="cosine")
+    assert config("--score mean --key-bits 0") == SqueezeConfig(score="mean", key_bits=0)
+    with pytest.raises(ValueError, match="key_bits=0"):
+        config("--score mean")
+    if command.startswith("build"):
+        more = "--coarse-loss 0.1 --coarse-margin 2 --cluster-segment none --query-block none --cluster-cap 3"
+        expected = {"coarse_loss": 0.1, "coarse_margin": 2.0, "cluster_segment": None, "query_block": None}
+        assert config(more) == SqueezeConfig(**expected, cluster_cap=3.0)
+        assert config("--cluster-segment 512").cluster_segment == 512
+
+
 def test_without_a_command(capsys):
     assert cli.main([]) == 0
     assert "a first session" in capsys.readouterr().out

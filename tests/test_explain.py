@@ -150,6 +150,15 @@ def test_numbers_of_the_default_index(params):
     assert np.all(found.head_attended[..., 4 : 4 + S][never] == 0)
     assert np.all(found.head_missed[always] == 0)
     assert np.all(found.head_attended[..., [*range(4), *range(4 + S, 4 + S + W)]] > 0)
+    # On the page, too, values of the clustered tokens lie behind the sinks.
+    assert found.sinks == 4
+    shown = explain_page._padded(found.token_kept, "kept", found)
+    np.testing.assert_array_equal(shown[:, 4 : 4 + S], found.token_kept)
+    assert np.all(shown[:, :4] == 1)
+    assert np.all(shown[:, 4 + S :] == 1)
+    missed = explain_page._padded(found.token_missed, "missed", found)
+    np.testing.assert_array_equal(missed, np.pad(found.token_missed, ((0, 0), (4, W))))
+    np.testing.assert_array_equal(explain_page._padded(found.token_attended, "attended", found), found.token_attended)
     # With every key kept, nothing is missed, and own tokens receive the rest.
     whole = explain(params, tree, QUESTION, made.tokens[0], sparsity=0.0, implementation="xla")
     assert np.all(whole.missed == 0)
@@ -408,7 +417,7 @@ def test_ask_writes_the_page(asked):
     assert (
         found.token_attended.shape[1]
         == len(page.tokens)
-        == storage.read_header(asked.folder / "text.tree").num_keys + 16
+        == storage.read_header(asked.folder / "text.tree").num_keys + 4 + 16  # sinks, window
     )
 
 

@@ -534,7 +534,7 @@ def test_default_index_answers_users_as_if_alone(params, coded):
             params, coded, tokens, lengths=lengths, sparsity=sparsity, max_new_tokens=NEW
         )
     )
-    both = answer_all(QUESTIONS, lengths, 0.6)
+    both = answer_all(QUESTIONS, lengths, np.float32(0.6))
     assert np.all((both.kept_fraction > 0.05) & (both.kept_fraction < 0.9))
     state = prefill(params, coded, QUESTIONS, lengths=lengths, sparsity=0.6)
     parts, _ = decode(params, coded, state, NEW, sparsity=0.6)
@@ -544,7 +544,7 @@ def test_default_index_answers_users_as_if_alone(params, coded):
     np.testing.assert_allclose(alone.kept_fraction[0], both.kept_fraction[1], rtol=1e-5)
     np.testing.assert_allclose(alone.prefill_kept_fraction[0], both.prefill_kept_fraction[1], rtol=1e-5)
     with oracle.count_compilations() as compiled:
-        every, none = (answer_all(QUESTIONS, lengths, sparsity) for sparsity in (0.0, 1.0))
+        every, none = (answer_all(QUESTIONS, lengths, np.float32(sparsity)) for sparsity in (0, 1))
         unknown = answer_all(QUESTIONS, lengths, np.float32(np.nan))
     assert not compiled
     assert np.all(every.kept_fraction == 1)

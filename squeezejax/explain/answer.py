@@ -47,6 +47,7 @@ class Explanation:
     kept_fraction: float  # as `Generation` has it: of the passes that read the answer's tokens, the last included
     prefill_kept_fraction: float
     dense: bool  # every key was kept, by sparsity 0 or because selecting cannot pay (fallback.py)
+    sinks: int = 0  # first tokens of the context, which are always read
 
 
 def explain(
@@ -89,6 +90,7 @@ def explain(
         kept_fraction=kept,
         prefill_kept_fraction=float(prefill_kept),
         dense=reading.log_T is not None and bool(jnp.all(reading.log_T == -jnp.inf)),
+        sinks=tree.config.sinks,
     )
 
 

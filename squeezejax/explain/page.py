@@ -49,7 +49,8 @@ def render(found: Explanation, about: About) -> str:
     about = _shown(about)
     S = found.head_kept.shape[2]
     L, K = found.kept.shape[1:]
-    parts = passages(about.context, S)
+    window = found.sinks + S  # where it begins
+    parts = passages(about.context, window)
     totals = [_whole_row(found, kind) for kind in KINDS]
     shown = _choose(parts, totals[0] + totals[2])
     tokens = np.concatenate([np.arange(part.start, part.stop) for part in shown])
@@ -66,9 +67,10 @@ def render(found: Explanation, about: About) -> str:
         js_hash=_hash(js),
         words=_words(found, about.answer),
         S=S,
-        W=len(about.context) - S,
-        blocks=list(_blocks(about.context, shown, _classes(codes[0]), S)),
-        lists={kind: _top(about, parts, totals[KINDS.index(kind)], found, S) for kind in ("attended", "missed")},
+        W=len(about.context) - window,
+        sinks=found.sinks,
+        blocks=list(_blocks(about.context, shown, _classes(codes[0]), window)),
+        lists={kind: _top(about, parts, totals[KINDS.index(kind)], found, window) for kind in ("attended", "missed")},
         map=_map(found),
         shape=(L, K),
         mass_bounds=MASS_BOUNDS,
@@ -76,7 +78,7 @@ def render(found: Explanation, about: About) -> str:
         meta={
             "tokens": len(tokens),
             "positions": [[part.start, part.stop] for part in shown],
-            "window": S,
+            "window": window,
             "heads": L * K,
             "headsPerLayer": K,
             "listed": MOST_LISTED,
@@ -126,13 +128,13 @@ def _choose(parts: list[range], weight: np.ndarray) -> list[range]:
     return sorted(chosen, key=lambda part: part.start)
 
 
-def _blocks(context: list[Piece], shown: list[range], classes: list[str], S: int):
+def _blocks(context: list[Piece], shown: list[range], classes: list[str], window: int):
     """A passage each: its first token's number, its tokens as (class, text), how many are left out before it."""
     classes = iter(classes)
     end = 0
     for part in [*shown, range(len(context), len(context))]:
         tokens = [(next(classes) + " special" * context[i].special, context[i].text) for i in part]
-        window_begins = end <= S <= part.start < len(context)
+        window_begins = end <= window <= part.start < len(context)
         yield {"start": part.start, "tokens": tokens, "gap": part.start - end, "window_begins": window_begins}
         end = part.stop
 
@@ -155,8 +157,8 @@ def _words(found: Explanation, answer: list[Piece]) -> list[dict]:
     ]
 
 
-def _top(about: About, parts: list[range], total: np.ndarray, found: Explanation, S: int) -> list[dict]:
-    """The passages with most of `total` f32[S+W], and what else is known of them."""
+def _top(about: About, parts: list[range], total: np.ndarray, found: Explanation, window: int) -> list[dict]:
+    """The passages with most of `total` f32[sinks+S+W], and what else is known of them."""
     # Models park attention on the first token and on marks of the template, which says nothing of the text there.
     weight = np.where([piece.special for piece in about.context], 0, total)
     weight[0] = 0
@@ -168,7 +170,7 @@ def _top(about: About, parts: list[range], total: np.ndarray, found: Explanation
             "text": "".join(about.context[i].text for i in part if not about.context[i].special).strip(),
             "value": weight[part.start : part.stop].sum(),
             "kept": kept[part.start : part.stop].mean(),
-            "window": part.start >= S,
+            "window": part.start >= window,
         }
         for part in ranked[:MOST_LISTED]
         if weight[part.start : part.stop].sum() >= SEEN
@@ -179,15 +181,16 @@ def _top(about: About, parts: list[range], total: np.ndarray, found: Explanation
 
 
 def _whole_row(found: Explanation, kind: str) -> np.ndarray:
-    """f32[S+W]: one kind, over the whole answer."""
+    """f32[sinks+S+W]: one kind, over the whole answer."""
     return _padded(getattr(found, f"token_{kind}").mean(axis=0), kind, found)
 
 
 def _padded(values: np.ndarray, kind: str, found: Explanation) -> np.ndarray:
-    """Values of the clustered tokens [… S], with those of the window behind them: always kept, never missed."""
+    """Values of the clustered tokens [… S], between those of sinks and window: always kept, never missed."""
     missing = found.token_attended.shape[1] - values.shape[-1]
-    padding = np.full((*values.shape[:-1], missing), kind == "kept", np.float32)
-    return np.concatenate([values, padding], axis=-1)
+    before = min(found.sinks, missing)  # none where values are of all tokens
+    around = [(0, 0)] * (values.ndim - 1) + [(before, missing - before)]
+    return np.pad(values, around, constant_values=np.float32(kind == "kept"))
 
 
 def _rows(found: Explanation, tokens: np.ndarray) -> np.ndarray:
