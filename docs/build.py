@@ -9,8 +9,15 @@ import pdoc
 import squeezejax
 import squeezejax.models  # noqa: F401 - documented too
 
-# What the library's own dependencies warn of while they are imported is not about our docstrings.
-PAGES = ("squeezejax", "!squeezejax.command_line", "!squeezejax.pallas_kernels.hopper")
+# What is meant to be called, and what a backend of somebody else's needs.
+PAGES = (
+    "squeezejax",
+    "squeezejax.models",
+    "squeezejax.models.config",
+    "squeezejax.models.llama",
+    "squeezejax.pallas_kernels.interface",
+    "squeezejax.pallas_kernels.registry",
+)
 
 
 def main():
@@ -18,6 +25,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     pdoc.render.configure(docformat="google", footer_text="squeezejax, Apache-2.0")
+    # Only here: what other packages warn of while they are imported is not about our docstrings.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pdoc.pdoc(*PAGES, output_directory=Path(sys.argv[1]))
