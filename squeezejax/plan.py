@@ -270,6 +270,7 @@ def _collectives(params, mesh, users: int, levels: int):
         hidden = B * model.model_dim * (2 * L * f32 + itemsize)
         yield Collective("hidden states, of embedding, attention and MLP", "model", 2 * L + 1, hidden)
         yield Collective("likeliest tokens and their logits", "model", 2, 2 * B * heads * f32)
+        yield Collective("log-probabilities of the tokens", "model", 3, 3 * B * f32)
         yield Collective("kept fractions", "model", L, L * B * f32)
     if parts > 1:
         # The finest level is scored lane by lane, a lane being a user's key/value head; so are those between.
