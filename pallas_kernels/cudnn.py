@@ -45,8 +45,8 @@ def attend_own(q, k, v, start, *, implementation: str = "cudnn"):
 def _attend_themselves(q, k, v, start, implementation: str):
     """Of every token to those of q up to itself."""
     row = jnp.minimum(start[:, None] + jnp.arange(q.shape[1])[None, :], k.shape[1] - 1)
-    own = [jnp.take_along_axis(cache, row[:, :, None, None], axis=1) for cache in (k, v)]
-    return attend_rows(q, *own, implementation, is_causal=True)
+    keys, values = (jnp.take_along_axis(cache, row[:, :, None, None], axis=1) for cache in (k, v))
+    return attend_rows(q, keys, values, implementation, is_causal=True)
 
 
 def _attend_earlier(q, k, v, start, implementation: str):

@@ -126,6 +126,10 @@ class Hopper:
         found = join_blocks(Attended(out, lse, share), tokens)
         return found._replace(out=found.out[:, :T], lse=found.lse[:, :T])
 
+    def attend_chunk(self, q, k, v, start, before):
+        """Never: `check` refuses it."""
+        raise NotImplementedError("the kernels attend to squeezed contexts only")
+
     def nearest(self, rows, centres, *, with_second: bool):
         """By the assignment kernel."""
         from squeezejax.pallas_kernels.hopper import kmeans_assign

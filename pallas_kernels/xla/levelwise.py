@@ -33,7 +33,8 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None) -> Found
     B, K, M, _ = q.shape
     list_runs = jax.vmap(jax.vmap(kept_runs), in_axes=(0, None, None))
     flat = lambda runs: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), runs)
-    score = lambda levels: map_over(lambda user: score_heads(levels, layer, *user, log_T, context)[1], (q, valid))
+    of_user = lambda levels, q, valid: score_heads(levels, layer, q, valid, log_T, context)[1]
+    score = lambda levels: map_over(lambda user: of_user(levels, *user), (q, valid))
     *_, finest = tree.levels
     if len(tree.levels) == 1 or M > MOST_LISTED_ROWS:
         clusters = score(tree.levels)  # bool[B K C]
@@ -79,7 +80,7 @@ def descend(levels: tuple, q, valid, log_T, context: str | None = None):
     return log_A, kept
 
 
-def aligned(q, level):
+def aligned(q, level) -> tuple[jax.Array, jax.Array]:
     """q [… H] and the numbers f32[C H] of a level's centroids, in one space: turned, where they are codes."""
     if level.codes is None:
         return q, level.centroids.astype(jnp.float32)

@@ -145,7 +145,7 @@ def _read(params, tree: Tree, state: State, tokens, count, reading: Reading):
     counts = jnp.full(1, count, jnp.int32)
     x, cache, (kept, _), seen = forward(params, tree, state, tokens, counts, reading, observe=(nothing, see))
     logits = params.unembed(x[:, count - 1][:, None])[:, 0]
-    return State(*cache, state.lengths + counts, logits, kept), seen
+    return State(cache[0], cache[1], state.lengths + counts, logits, kept), seen
 
 
 def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:

@@ -258,7 +258,7 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         stopped = jnp.any(token[:, None] == sampling.stop_tokens, axis=1)
         return _Loop(
             step=loop.step + 1,
-            state=State(*cache, state.lengths + count, logits, state.kept_fraction),
+            state=State(cache[0], cache[1], state.lengths + count, logits, state.kept_fraction),
             tokens=loop.tokens.at[:, loop.step].set(token),
             log_probabilities=loop.log_probabilities.at[:, loop.step].set(
                 jnp.where(active, log_probability(state.logits, token), 0.0)
