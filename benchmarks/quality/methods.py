@@ -271,7 +271,7 @@ def cluster_of_key(tree: Tree) -> jax.Array:
 
 def _index_of(tree: Tree) -> Tree:
     """What selecting reads of a tree: every leaf has the leading axes [L K]."""
-    nothing = dict.fromkeys(("sparsities", "thresholds", "block_thresholds", "context_hash"))
+    nothing = dict.fromkeys(name for name, axes in Tree.AXES.items() if not axes.startswith("LK"))
     arrays = {
         "keys": tree.keys[..., :0],
         "values": tree.values[..., :0],
