@@ -1,6 +1,6 @@
 """Online speed of the XLA path: one attention step, its look-up, the prefill of a question, and a whole model.
 
-    python -m benchmarks.online [--only decode prefill look_up auto model] [--quick]
+    python -m benchmarks.online [--only decode index prefill look_up auto model] [--quick]
 
 Every time is a median of interleaved runs; a ratio is the median over rounds of baseline / ours within the round.
 Best dense is the fastest of several formulations, measured in the same run. Thresholds are found by bisection, so
@@ -24,12 +24,14 @@ import jax.numpy as jnp
 
 from benchmarks.synthetic import synthetic_tree, thresholds_for
 from benchmarks.timing import interleaved, machine
+from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.online.attention import attend_user
 from squeezejax.online.fallback import dense_if_cheaper
 from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.pallas_kernels.layout import split_heads, to_lanes
 from squeezejax.pallas_kernels.xla.backend import select
+from squeezejax.pallas_kernels.xla.lists import cluster_of_rows
 from squeezejax.tree import Tree
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -229,6 +231,38 @@ def _versus(row: dict, calls: dict, args, limit: float | None = None) -> dict:
     return row
 
 
+def index(args) -> list[dict]:
+    """One token over one layer at sparsity 0.9, by index: the paper's in one level, and the default with and without
+    codes of keys, all over the same clusters."""
+    rows = []
+    kinds = {
+        "paper's": SqueezeConfig.paper(cluster_fractions=(0.05,), observation_window=0),
+        "clusters": SqueezeConfig(cluster_fractions=(0.05,), sinks=0, observation_window=0, key_bits=0),
+        "codes": SqueezeConfig(cluster_fractions=(0.05,), sinks=0, observation_window=0),
+    }
+    queries = 1.5 * jax.random.normal(jax.random.key(2), (1, HEADS, 16, HEAD_DIM))
+    for size in (8 * K_, 32 * K_, 128 * K_):
+        plain = synthetic_tree(size, window=0)
+        fine = plain.levels[0]
+        of_head = jax.vmap(functools.partial(cluster_of_rows, num_rows=size))
+        labels = (of_head(fine.starts[0], fine.counts[0])[None].astype(jnp.int32),)
+        calls, kept = {}, {}
+        for name, config in kinds.items():
+            tree = calibrate(build_tree(plain.keys, plain.values, config, labels=labels), queries)
+            step, log_T = make_step(tree, 1), log_thresholds(tree, 0.9)
+            calls[name], kept[name] = functools.partial(step.squeezed, log_T), step.kept(log_T)
+        step = make_step(plain, 1)
+        dense = {"chunked": step.dense, "reduce": functools.partial(_dense_reduce, step.tree, step.q)}
+        timings = interleaved(calls | dense, args.rounds)
+        best = min(dense, key=lambda name: timings[name].median)
+        row = {"keys": size, "dense ms": 1e3 * timings[best].median}
+        for name in kinds:
+            row |= {f"{name} kept": kept[name], f"{name} ms": 1e3 * timings[name].median}
+            row |= {f"{name} times": timings[best].ratio(timings[name])}
+        rows.append(row)
+    return rows
+
+
 def auto(args) -> list[dict]:
     """implementation=None against dense: the rule that falls back must never lose much."""
     rows = []
@@ -340,7 +374,7 @@ def _transformers_generate(size: int, new: int):
         llama.generate(ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
 
-PARTS = {part.__name__: part for part in (decode, prefill, look_up, auto, model)}
+PARTS = {part.__name__: part for part in (decode, index, prefill, look_up, auto, model)}
 
 
 def table(rows: list[dict]) -> str:
