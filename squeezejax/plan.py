@@ -137,12 +137,17 @@ def plan(
     )
 
 
+def dtype_of(params) -> jnp.dtype:
+    """Of a model's hidden states, keys and values."""
+    return jax.eval_shape(lambda params: params.embed(jnp.zeros((1, 1), jnp.int32)), params).dtype
+
+
 def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) -> Tree:
     """The shapes of what `squeeze` makes of num_tokens tokens, were the clusters divided evenly among the parts.
 
     Parts are as large as the fullest one, so a real tree in more than one part is somewhat larger.
     """
-    model, dtype = params.config, params.embedding.dtype
+    model, dtype = params.config, dtype_of(params)
     rows = jax.ShapeDtypeStruct((model.num_kv_heads, num_tokens, model.head_dim), dtype)
     layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering_of(config)), rows, rows)
     stacked = lambda shape, dtype: jax.ShapeDtypeStruct((model.num_layers, *shape), dtype)
@@ -205,7 +210,7 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
 def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
     """Bytes on each device of what is certainly alive at the same time while `squeeze` makes a tree of these shapes."""
     L = tree.num_layers
-    x = jax.ShapeDtypeStruct((1, tree.context_length, params.config.model_dim), params.embedding.dtype)
+    x = jax.ShapeDtypeStruct((1, tree.context_length, params.config.model_dim), dtype_of(params))
     place = None if mesh is None else NamedSharding(mesh, spec(mesh, "BTE", x.shape))
     later = dict.fromkeys(
         ("sparsities", "thresholds", "block_thresholds", "missed_masses", "denominators", "context_hash")
@@ -265,7 +270,7 @@ def _collectives(params, mesh, users: int, levels: int):
     heads, parts = size_of(mesh, "model"), size_of(mesh, "context")
     B = users // size_of(mesh, "data")
     lanes, rows = B * -(-model.num_kv_heads // heads), B * model.num_heads // heads
-    f32, itemsize = 4, params.embedding.dtype.itemsize
+    f32, itemsize = 4, dtype_of(params).itemsize
     if heads > 1:
         hidden = B * model.model_dim * (2 * L * f32 + itemsize)
         yield Collective("hidden states, of embedding, attention and MLP", "model", 2 * L + 1, hidden)

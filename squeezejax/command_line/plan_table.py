@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from squeezejax.command_line.commands import model_directory, read_model_config, squeeze_config
 from squeezejax.memory import readable_bytes
 from squeezejax.models.llama import Llama
-from squeezejax.plan import Plan, plan
+from squeezejax.plan import Plan, dtype_of, plan
 
 GB = 1e9
 
@@ -59,7 +59,7 @@ def _setting(made: Plan, params):
     clusters = " and ".join(f"{count:,}" for count in made.clusters)
     yield (
         f"model     {model.num_layers} layers, {model.num_heads} query and {model.num_kv_heads} key/value heads of "
-        f"{model.head_dim}, {parameters / 1e9:.3g} G parameters, {params.embedding.dtype}"
+        f"{model.head_dim}, {parameters / 1e9:.3g} G parameters, {dtype_of(params)}"
     )
     yield f"context   {made.num_tokens:,} tokens, {clusters} clusters a head"
     yield f"users     {made.users}, with room for {made.room:,} tokens each"
