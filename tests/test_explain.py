@@ -328,7 +328,13 @@ def check_shades(classes, attended, kept, missed):
 
 
 def whole_answer(found):
-    return [x.mean(axis=0) for x in (found.token_attended, found.token_kept, found.token_missed)]
+    whole = (x.mean(axis=0) for x in (found.token_attended, found.token_kept, found.token_missed))
+    return with_sinks(found, *whole)
+
+
+def with_sinks(found, attended, kept, missed):
+    """As they are on the page: the sinks, in front, are always kept and never missed."""
+    return attended, np.concatenate([np.ones(found.sinks), kept]), np.concatenate([np.zeros(found.sinks), missed])
 
 
 def test_classes_say_the_shade():
@@ -549,7 +555,8 @@ def test_views_colour_what_they_say(opened, asked):
 def test_a_head_by_itself(opened, asked):
     found = asked.found
     press(opened, ".cell", 5)
-    check_shades(classes_of(opened), found.head_attended[2, 1], found.head_kept[2, 1], found.head_missed[2, 1])
+    of_head = found.head_attended[2, 1], found.head_kept[2, 1], found.head_missed[2, 1]
+    check_shades(classes_of(opened), *with_sinks(found, *of_head))
     assert text_of(opened, "scope-text") == "Layer 2, head 1, the whole answer."
     assert all_of(opened, "[aria-pressed=true]", "e.dataset.row") == ["6"]
     for identifier, share in (("most-attended", found.head_attended[2, 1]), ("most-missed", found.head_missed[2, 1])):
@@ -564,7 +571,8 @@ def test_a_head_by_itself(opened, asked):
 def test_a_word_by_itself(opened, asked):
     found = asked.found
     press(opened, ".word", 1)
-    check_shades(classes_of(opened), found.token_attended[1], found.token_kept[1], found.token_missed[1])
+    of_word = found.token_attended[1], found.token_kept[1], found.token_missed[1]
+    check_shades(classes_of(opened), *with_sinks(found, *of_word))
     word = all_of(opened, ".word", "e.textContent")[1]
     assert text_of(opened, "scope-text").startswith(f"“{word}”, all layers and heads: written with probability")
     cells = np.array(all_of(opened, ".cell", "e.innerText"), float)

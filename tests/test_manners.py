@@ -15,7 +15,7 @@ import oracle
 import pytest
 
 import squeezejax
-from squeezejax import SqueezeConfig, dense_generate, generate
+from squeezejax import Estimate, SqueezeConfig, dense_generate, generate
 from squeezejax.arguments import check_context, check_key, check_stop_tokens, check_tokens, check_whole
 from squeezejax.online.sampling import check_users, sample, sampling_of
 from squeezejax.storage import files as storage
@@ -44,10 +44,10 @@ WRONG = [
     ({"sparsity": "0.9"}, "sparsity must be a number, got '0.9'"),
     ({"sparsity": True}, "sparsity must be a number, got True"),
     ({"sparsity": jnp.array(True)}, "sparsity must be a number, got an array of bool"),
-    ({"sparsity": None, "min_mass": NAN}, r"min_mass must be in \[0, 1\], got NaN"),
-    ({"min_mass": -1}, r"min_mass must be in \[0, 1\], got -1"),
-    ({"min_mass": 1.5}, r"min_mass must be in \[0, 1\], got 1.5"),
-    ({"min_mass": [0.5, 0.6]}, "min_mass must be one number"),
+    ({"estimate": Estimate(min_mass=NAN)}, r"min_mass must be in \[0, 1\], got NaN"),
+    ({"estimate": Estimate(min_mass=-1)}, r"min_mass must be in \[0, 1\], got -1"),
+    ({"estimate": Estimate(min_mass=1.5)}, r"min_mass must be in \[0, 1\], got 1.5"),
+    ({"estimate": Estimate(min_mass=[0.5, 0.6])}, "min_mass must be one number"),
     ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
     ({"top_k": jnp.int32(0)}, "top_k must be a whole number of at least 1"),
     ({"top_k": 2.5}, "top_k must be a whole number of at least 1"),
@@ -117,7 +117,7 @@ def test_configurations_of_other_kinds(field, value):
 
 def test_nan_under_a_trace_keeps_everything(tree):
     log_T = jax.jit(lambda p: squeezejax.log_thresholds(tree, p))(NAN)
-    np.testing.assert_array_equal(log_T, [-np.inf, -np.inf])
+    np.testing.assert_array_equal(log_T, np.full(tree.config.num_thresholds, -np.inf))
     np.testing.assert_array_equal(squeezejax.log_thresholds(tree, jnp.float32(NAN)), log_T)
 
 
@@ -125,7 +125,7 @@ def test_nan_min_mass_under_a_trace_keeps_everything(params, tree):
     q = jax.random.normal(jax.random.key(0), (1, 2, params.config.num_heads, params.config.head_dim))
     k = jnp.zeros((1, 2, params.config.num_kv_heads, params.config.head_dim))
     attend = jax.jit(lambda **how: squeezejax.attend(tree, q, k, k, layer=0, implementation="xla", **how))
-    chex.assert_trees_all_close(attend(min_mass=NAN), attend(sparsity=0.0), atol=1e-5)
+    chex.assert_trees_all_close(attend(estimate=Estimate(min_mass=NAN)), attend(sparsity=0.0), atol=1e-5)
 
 
 def test_traced_sampling_numbers_out_of_range_are_defined():
@@ -225,11 +225,12 @@ def test_log_probabilities_are_the_models(params, tree):
 
 def test_generate_under_a_transfer_guard(params, tree):
     tokens, sparsity, key = jnp.asarray(QUESTIONS), jnp.float32(0.5), jax.random.key(0)
+    temperature = jnp.float32(1)
     with jax.transfer_guard("disallow"):
         for options in (
             {},
             {"sparsity": sparsity},
-            {"key": key, "temperature": jnp.float32(1), "implementation": "xla"},
+            {"key": key, "temperature": temperature, "implementation": "xla"},
         ):
             found = generate(params, tree, tokens, max_new_tokens=NEW, **options)
         state = squeezejax.prefill(params, tree, tokens, capacity=0)

@@ -13,6 +13,7 @@ Scores are counted in bins, so that memory does not grow with the context; a bin
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ def _count_here(tree: Tree, queries, layer, above, context: str | None = None):
 
     def one_head(head):
         here = jax.tree.map(lambda leaf: leaf[layer, head], _read_by(tree))
-        plain = q[head].reshape(-1, H).astype(jnp.float32) / np.sqrt(H)
+        plain = q[head].reshape(-1, H).astype(jnp.float32) / math.sqrt(H)
         return _count_head(tree.config, here, plain, q.shape[1:3], above, context)
 
     # One head after another, also on accelerators: a head's scores of all queries are large.
@@ -165,8 +166,8 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
 
     # log A of every level's clusters, then of keys, to one query at a time, [items W], and to all of them, [items 1].
     def log_mean(scores):
-        each = jax.nn.logsumexp((scores - lse[None, :]).reshape(-1, W, G), axis=2) - np.log(G)
-        return each, jax.nn.logsumexp(each, axis=1, keepdims=True) - np.log(W)
+        each = jax.nn.logsumexp((scores - lse[None, :]).reshape(-1, W, G), axis=2) - math.log(G)
+        return each, jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(W)
 
     log_A = [log_mean(of_level) for of_level in scores]
 
@@ -200,9 +201,9 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
 
     size = _num_bins(COARSE)
     nothing = _Counts(
-        jnp.zeros((2, _num_bins(FINE))),
-        jnp.zeros((2, config.num_thresholds - 1, size, size)),
-        jnp.zeros((size, size)),
+        jnp.zeros((2, _num_bins(FINE)), jnp.float32),
+        jnp.zeros((2, config.num_thresholds - 1, size, size), jnp.float32),
+        jnp.zeros((size, size), jnp.float32),
     )
     return fitted, jax.lax.scan(count, nothing, (rows, cluster))[0]
 
@@ -242,14 +243,14 @@ def _bin(log_A, per_nat: int):
 
 def _count(log_A, weights):
     """Weights f32[J 1] summed by the bin of log A f32[J n]."""
-    return jnp.zeros(_num_bins(FINE)).at[_bin(log_A, FINE)].add(jnp.broadcast_to(weights, log_A.shape))
+    return jnp.zeros(_num_bins(FINE), jnp.float32).at[_bin(log_A, FINE)].add(jnp.broadcast_to(weights, log_A.shape))
 
 
 def _count_pairs(finest, above, weights):
     """The same by pairs of bins, of the finest level and of one above."""
     n = _num_bins(COARSE)
     pairs = _bin(finest, COARSE) * n + _bin(above, COARSE)
-    return jnp.zeros(n * n).at[pairs].add(jnp.broadcast_to(weights, pairs.shape)).reshape(n, n)
+    return jnp.zeros(n * n, jnp.float32).at[pairs].add(jnp.broadcast_to(weights, pairs.shape)).reshape(n, n)
 
 
 def _missed(mass, log_T) -> np.ndarray:

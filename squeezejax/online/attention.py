@@ -117,13 +117,22 @@ def attend_context(tree: Tree, q, layer):
 
     Gives (out f32[B T K G H], lse f32[B T K G]).
     """
-    B, _, _, H = q.shape
-    nothing = jnp.zeros((B, 1, tree.num_kv_heads, H), q.dtype)
-    zeros = jnp.zeros(B, jnp.int32)
-    # Rows in use: none; every query token takes part in no mean, and attends to the fixed context alone.
-    found = attend_user(tree, q, Own(nothing, nothing, zeros, zeros), layer, EVERY_KEY)
-    groups = split_heads(found.out, tree.num_kv_heads)
-    return groups, found.lse.reshape(groups.shape[:-1])
+    mesh = sharding.mesh_of(tree)
+
+    def attend_here(tree, q, layer):
+        B, _, _, H = q.shape
+        K = tree.num_kv_heads
+        nothing, zeros = jnp.zeros((B, 1, K, H), q.dtype), jnp.zeros(B, jnp.int32)
+        backend = registry.choose("xla", "prefill", tree, q, None, EVERY_KEY, None)
+        own = Own(nothing, nothing, zeros, zeros)  # no row is in use: the fixed context alone is attended to
+        found = backend.prefill(tree, split_heads(q, K), own, layer, EVERY_KEY, sharding.context_axis(mesh))
+        return found.out, found.lse
+
+    if mesh is None:
+        return attend_here(tree, q, layer)
+    heads, whole = sharding.spec(mesh, "btK"), sharding.spec(mesh, "")
+    call = sharding.map_shards(attend_here, mesh, (sharding.specs(mesh, tree), heads, whole), (heads, heads))
+    return call(sharding.local_numbers(tree), q, jnp.asarray(layer, jnp.int32))
 
 
 def _per_user(value, B: int, name: str):

@@ -119,7 +119,7 @@ def test_a_question_takes_its_best_answer_or_all_of_them():
     assert ask("City", answers=("Food", "City"), metric="classification", classes=("Food", "City")) == 1
     assert ask("\n\nyes\nno no no", first_line=True) == 1
     assert ask("\n\nyes\nno no no") == pytest.approx(2 / 5)
-    names = [name for name in metrics.METRICS if "chinese" not in name]
+    names = [name for name in metrics.METRICS if "chinese" not in name and name != "choice"]  # that wants letters
     assert {ask("yes 1", answers=("1",), metric=name, classes=("1",)) > 0 for name in names} == {True}
 
 

@@ -1,6 +1,7 @@
 """Measuring quality end to end: records that resume, budgets that are met, tables and intervals."""
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import squeezejax
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import methods, report, rules, variants
+from benchmarks.quality import methods, report, variants
 
 
 def record(method, found, *, task="facts", seed=0, budget=0.1, match="keys"):
@@ -83,7 +84,7 @@ def build_by_position(keys, values, config):
 
 def test_one_command_from_model_to_tables_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "SETTINGS", {"sparsity": (0.5, 0.9)})
-    flat, variant = variants.FLAT, rules.rule("4 bits", bits=4)
+    flat, variant = variants.FLAT, methods.squeezed("4 bits", dataclasses.replace(variants.FLAT.config, index_bits=4))
     monkeypatch.setattr(quality, "ABLATIONS", {"bits": (flat, variant)})
     monkeypatch.setattr(methods, "build_tree", build_by_position)
     command = ["quality", "--out", str(tmp_path), "--lengths", "300", "--tasks", "single", "--contexts", "1"]

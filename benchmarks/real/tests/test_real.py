@@ -103,7 +103,8 @@ def test_the_librarys_choice_is_what_its_own_attention_attends_to(material, conf
     np.testing.assert_allclose(found, out[:, 0], atol=1e-5)
     np.testing.assert_allclose(lost.kept, chosen.mask.mean(axis=2).T, rtol=1e-6)
     assert np.all((lost.missed >= 0) & (lost.missed < 1))
-    assert np.all((lost.estimated > 0) & (lost.estimated < 1))
+    assert np.all((lost.estimated >= 0) & (lost.estimated < 1))
+    assert np.any(lost.estimated > 0)
 
 
 def test_exact_keys_are_chosen_by_their_mean_share(material):
@@ -158,7 +159,8 @@ def test_bytes_of_the_default_index_by_hand(material):
     assert np.all((np.asarray(looked.clusters) >= live[0]) & (np.asarray(looked.clusters) <= live[0] + live[1]))
     assert np.all(np.asarray(looked.codes) >= np.asarray(mask).sum(axis=1))
     H = config.head_dim
-    of_cluster, of_code = H * 4 / 8 + 2 + 2 + 4, H * 2 / 8 + 2
+    eighths = -(-H // 8)  # rows are filled up to whole bytes of every bit
+    of_cluster, of_code = 4 * eighths + 2 + 2 + 4, 2 * eighths + 2
     expected = np.asarray(looked.clusters) * of_cluster + np.asarray(looked.codes) * of_code
     np.testing.assert_allclose(index.index_bytes(tree, looked), expected)
     _, everything, _ = index.look(tree, q[None], 1, jnp.full(3, -jnp.inf))
