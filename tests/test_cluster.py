@@ -261,7 +261,7 @@ def test_tree_of_segments():
     config = SqueezeConfig.paper(cluster_fractions=(0.03, 0.12), observation_window=8, **changes)
     keys = jnp.asarray(np.stack([mixture(i, 208) for i in range(2)])[None])
     options = dataclasses.replace(EUCLIDEAN, segment=60, max_iterations=3, swap_rounds=2)
-    tree = build_tree(keys, keys, config)
+    tree = build_tree(keys, keys, config, weights=WEIGHTS)
     assert [level.counts.shape[2] for level in tree.levels] == [6, 24]
     for level in tree.levels:
         assert level.counts.min() > 0

@@ -401,7 +401,7 @@ def asked(tmp_path_factory):
         patch.setattr(commands, "explain", lambda *args, **options: seen.append(explain(*args, **options)) or seen[0])
         patch.setattr(commands, "Session", lambda *args: sessions.append(stream.Session(*args)) or sessions[-1])
         files = f"--context {folder}/text.txt --out {folder}/text.tree"
-        assert cli.main(["build", "--model", "embedded", *files.split(), "--window", "16", "--quiet"]) == 0
+        assert cli.main(["build", "--model", "embedded", *files.split(), "--window", "16", "--paper", "--quiet"]) == 0
         options = f"--tree {folder}/text.tree --sparsity 0.6 --max-new-tokens 6 --explain {folder}/page.html"
         assert cli.main(["ask", *options.split(), question]) == 0
     return SimpleNamespace(folder=folder, question=question, found=seen[0], session=sessions[0])

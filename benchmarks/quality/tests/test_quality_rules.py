@@ -144,7 +144,7 @@ def test_what_a_choice_reads_and_keeps():
     of_code, of_cluster = 2 / 12 + 1 / 6, 1 + 1 / 6
     number = (np.asarray(keys.index_read) - live * of_cluster) / of_code
     np.testing.assert_allclose(number, np.round(number), atol=1e-3)
-    assert np.all(number >= keys.mask.sum(axis=2) - 1e-3)
+    assert np.all(number >= np.asarray(keys.mask).sum(axis=2) - 1e-3)
     assert np.all(number <= fixed.cache.keys.shape[2])
     # Sinks are in nobody's choice: everybody attends to them.
     sinks, _, fixed = found(sinks=4)
