@@ -74,7 +74,7 @@ def test_intervals_narrow_with_contexts():
     assert narrow_high - mean == pytest.approx(1.96 / 40, rel=0.25)
 
 
-def build_by_position(keys, values, config):
+def build_by_position(keys, values, config, *, weights=None):
     """A tree without K-means, which takes long to compile: clusters of neighbours."""
     S = keys.shape[2] - config.observation_window
     sizes = config.num_clusters(S)
