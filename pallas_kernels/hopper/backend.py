@@ -55,7 +55,7 @@ class Hopper:
         if tree.config.score != "mean" or tree.levels[0].centroids is None or tree.levels[0].centroids.dtype != "f4":
             raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
         B, T, K, G, H = q.shape
-        rows = q.reshape(B, T, K * G, H)
+        rows = jax.ShapeDtypeStruct((B, T, K * G, H), q.dtype)
         if task == "decode":
             from squeezejax.pallas_kernels.hopper import decode
 

@@ -7,12 +7,26 @@ import pytest
 if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 
-from squeezejax.pallas_kernels import registry
-from squeezejax.pallas_kernels.hopper import decode, self_check
+from types import SimpleNamespace
 
-Q = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
-KEYS = jax.ShapeDtypeStruct((1, 2, 512, 128), jnp.bfloat16)
-WIDE = (jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.float32), jax.ShapeDtypeStruct((1, 2, 512, 128), jnp.float32))
+from squeezejax import SqueezeConfig
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.hopper import self_check
+from squeezejax.pallas_kernels.interface import Own, Reading
+
+
+def arguments(dtype=jnp.bfloat16, context=None, reading=Reading(), **changes):  # noqa: B008 - frozen
+    """What a decode step is handed: one token of one user, 8 query and 2 key/value heads of 128."""
+    shape = lambda *axes: jax.ShapeDtypeStruct(axes, dtype)
+    level = SimpleNamespace(centroids=jax.ShapeDtypeStruct((1, 2, 20, 128), jnp.float32))
+    config = SqueezeConfig.paper(**changes)
+    tree = SimpleNamespace(config=config, levels=[level], keys=shape(1, 2, 512, 128), window_keys=shape(1, 2, 16, 128))
+    own = Own(shape(1, 8, 2, 128), shape(1, 8, 2, 128), None, None)
+    return tree, shape(1, 1, 2, 4, 128), own, reading, context
+
+
+def chosen(implementation, *more, **changes):
+    return registry.choose(implementation, "decode", *arguments(*more, **changes)).name
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +39,9 @@ def on_hopper(monkeypatch):
 
 
 def test_none_is_plain_xla_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(registry, "_forced", False)
+    monkeypatch.setattr(registry._hopper, "forced", False)
     assert registry.resolve(None) == "xla"
-    assert registry.decode_kernels("xla", Q, KEYS) is None
+    assert chosen("xla") == "xla"
     with pytest.raises(NotImplementedError, match="Hopper"):
         registry.resolve("mosaic")
 
@@ -44,12 +58,12 @@ def test_none_chooses_kernels_that_pass_their_check_once_for_each_size(monkeypat
 
     @jax.jit
     def traced(x):
-        found.append(registry.decode_kernels(registry.resolve(None), Q, KEYS))
+        found.append(chosen(registry.resolve(None)))
         return x + 1
 
     traced(jnp.float32(0.0))
-    found.append(registry.decode_kernels(registry.AUTO, Q, KEYS))
-    assert found == [decode, decode]
+    found.append(chosen(registry.AUTO))
+    assert found == ["mosaic", "mosaic"]
     assert calls == [((128, 4, "bfloat16"), 2.0)]
 
 
@@ -59,14 +73,34 @@ def test_kernels_that_fail_their_check_are_not_chosen(monkeypatch):
 
     monkeypatch.setattr(self_check, "decode_step", check)
     with pytest.warns(RuntimeWarning, match="plain XLA runs instead: outputs are wrong"):
-        assert registry.decode_kernels(registry.AUTO, Q, KEYS) is None
-    assert registry.decode_kernels(registry.AUTO, Q, KEYS) is None  # without another warning
-    assert registry.decode_kernels("mosaic", Q, KEYS) is decode  # a name means that one
+        assert chosen(registry.AUTO) == "xla"
+    assert chosen(registry.AUTO) == "xla"  # without another warning
+    assert chosen("mosaic") == "mosaic"  # a name means that one
 
 
-@pytest.mark.parametrize(("arrays", "split"), [(WIDE, False), ((Q, KEYS), True)])
-def test_what_kernels_cannot_take_is_left_to_xla_or_refused(monkeypatch, arrays, split):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": jnp.float32},
+        {"context": "context"},
+        {"reading": Reading(tail=True)},
+        {"score": "variance"},
+    ],
+    ids=["float32", "a split context", "estimates", "our rule"],
+)
+def test_what_kernels_cannot_take_is_left_to_xla_or_refused(monkeypatch, changes):
     monkeypatch.setattr(self_check, "decode_step", lambda *_: pytest.fail("nothing to check"))
-    assert registry.decode_kernels(registry.AUTO, *arrays, split=split) is None
-    with pytest.raises(NotImplementedError, match="take"):
-        registry.decode_kernels("mosaic", *arrays, split=split)
+    with pytest.raises(NotImplementedError, match="the kernels"):
+        chosen("mosaic", **changes)
+    assert chosen(registry.AUTO, **changes) == "xla"
+
+
+def test_a_third_party_comes_first(monkeypatch):
+    monkeypatch.setattr(registry, "_backends", list(registry._backends))
+    theirs = SimpleNamespace(
+        name="theirs", missing=lambda: None, check=lambda task, *_: None, prove=None, layout=registry._hopper.layout
+    )
+    registry.register(theirs)
+    assert registry.resolve("theirs") == "theirs"
+    assert chosen(registry.resolve(None)) == "theirs"
+    assert chosen("xla") == "xla"
