@@ -29,6 +29,9 @@ class SqueezeConfig:
     key_bits: int = 2  # 1, 2 or 4: codes of single keys are the finest level; 0 = none, whole clusters are kept
     coarse_loss: float = 0.05  # score "variance": share of what the finest level keeps that levels above may lose
     coarse_margin: float = 4.0  # score "mean": the coarsest level keeps margin · (1 − sparsity) of calibration keys
+    # 8: clustered keys and values are stored and read in 8 bits, each row with a scale of its own; sinks and window are
+    # as the model gives them. 16: all are as the model gives them, also where that is 32 bits.
+    cache_bits: int = 16
     query_block: int | None = 128  # user tokens that share one selection in prefill; None = all of them
     # Keys are clustered in runs of about so many tokens, each by itself: time grows with the context, not with its
     # square. None = all at once.
@@ -81,7 +84,7 @@ class SqueezeConfig:
         if any(coarse >= fine for coarse, fine in itertools.pairwise(fractions)):
             raise ValueError(f"cluster_fractions must increase from coarse to fine, got {fractions}")
         choices = {"cluster_metric": ("slow", "cosine"), "score": ("variance", "mean")}
-        choices |= {"index_bits": (32, 16, 8, 4), "key_bits": (0, 1, 2, 4)}
+        choices |= {"index_bits": (32, 16, 8, 4), "key_bits": (0, 1, 2, 4), "cache_bits": (16, 8)}
         for name, allowed in choices.items():
             if isinstance(getattr(self, name), bool) or getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")

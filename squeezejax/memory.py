@@ -90,7 +90,7 @@ def check_state_fits(params, tree, num_users: int, room: int):
         return
     mesh = mesh_of(tree)
     L, K, _, H = tree.keys.shape
-    cached = 2 * L * K * H * num_users * room * tree.keys.dtype.itemsize
+    cached = 2 * L * K * H * num_users * room * tree.dtype.itemsize
     needed = {
         "weights": bytes_per_device(params),
         "the tree": bytes_per_device(tree),

@@ -183,14 +183,15 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
 def _memory(params, tree: Tree, state, mesh) -> Memory:
     sizes = bytes_by_name(tree, mesh)
     weights, state_bytes = bytes_per_device(params, mesh), bytes_per_device(state, mesh)
-    keys_values = sizes["keys"] + sizes["values"]
+    keys_values = _keys_values(sizes)
     window = sizes["window_keys"] + sizes["window_values"]
     of_means = ("centroids", "codes", "steps", "offset", "spreads")
     centroids = sum(size for name, size in sizes.items() if name.startswith("levels.") and name.endswith(of_means))
     key_codes = sizes.get("key_codes", 0) + sizes.get("key_steps", 0)
     floor = sum(build_needs(params, tree, mesh).values())
-    itemsize = tree.keys.dtype.itemsize
-    clustering = CLUSTERING_COPIES[itemsize] * 4 * keys_values // (2 * tree.num_layers * itemsize)
+    clustering = (
+        CLUSTERING_COPIES[tree.dtype.itemsize] * 4 * sizes["keys"] // (tree.num_layers * tree.keys.dtype.itemsize)
+    )
     return Memory(
         weights=weights,
         keys_values=keys_values,
@@ -205,6 +206,11 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
     )
 
 
+def _keys_values(sizes: dict[str, int]) -> int:
+    """Bytes of the clustered keys and values, with their scales."""
+    return sum(sizes.get(name, 0) for name in ("keys", "values", "key_scales", "value_scales"))
+
+
 def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
     """Bytes on each device of what is certainly alive at the same time while `squeeze` makes a tree of these shapes."""
     L = tree.num_layers
@@ -214,7 +220,9 @@ def build_needs(params, tree: Tree, mesh=None) -> dict[str, int]:
         ("sparsities", "thresholds", "block_thresholds", "missed_masses", "denominators", "context_hash")
     )
     sizes = bytes_by_name(dataclasses.replace(tree, **later), mesh)
-    own = sum(sizes[name] for name in ("keys", "values", "window_keys", "window_values")) // L
+    # As the model gives them, whatever the tree makes of them.
+    given = (sizes["keys"] + sizes["values"]) // tree.keys.dtype.itemsize * tree.dtype.itemsize
+    own = (given + sizes["window_keys"] + sizes["window_values"]) // L
     whole = sum(sizes.values())
     return {
         "weights": bytes_per_device(params, mesh),
@@ -251,7 +259,7 @@ def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
         centroids.append(math.ceil(level * (looked_at * users if i else 1)))
         looked_at = candidates if ours else 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
     key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * users
-    keys_values = sizes["keys"] + sizes["values"]
+    keys_values = _keys_values(sizes)
     return Reads(
         weights=sum(weights.values()),
         centroids=tuple(centroids) if sparsity > 0 else (),

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.config import SqueezeConfig
-from squeezejax.pallas_kernels.interface import KeysValues
+from squeezejax.pallas_kernels.keys_values import KeysValues
 
 
 def _static(**kwargs):
@@ -58,13 +58,18 @@ class _Arrays:
 
     keys: jax.Array
     values: jax.Array
+    order: jax.Array
     window_keys: jax.Array
     window_values: jax.Array
+    key_codes: jax.Array | None
+    key_steps: jax.Array | None
+    key_scales: jax.Array | None
+    value_scales: jax.Array | None
 
     @property
     def cache(self) -> KeysValues:
         """The clustered keys and values as one object, which is what attention is handed."""
-        return KeysValues(self.keys, self.values)
+        return KeysValues(self.keys, self.values, self.key_scales, self.value_scales)
 
     @property
     def window(self) -> KeysValues:
@@ -72,9 +77,15 @@ class _Arrays:
         return KeysValues(self.window_keys, self.window_values)
 
     def row_arrays(self) -> dict[str, jax.Array]:
-        """The arrays with an axis of rows, by name: keys, values, order, and the codes of keys where there are any."""
-        arrays = {name: getattr(self, name) for name in ("keys", "values", "order", "key_codes", "key_steps")}
+        """The arrays with an axis of rows, by name: keys, values, order, and scales and codes where there are any."""
+        names = ("keys", "values", "order", "key_scales", "value_scales", "key_codes", "key_steps")
+        arrays = {name: getattr(self, name) for name in names}
         return {name: x for name, x in arrays.items() if x is not None}
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values as the model gives them; what is always read stays so, whatever the clustered ones are."""
+        return self.window_keys.dtype
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -92,6 +103,8 @@ class TreeLayer(_Arrays):
     num_keys: int = _static()
     key_codes: jax.Array | None = None  # u8[K R bits·H/8]
     key_steps: jax.Array | None = None  # bf16[K R]
+    key_scales: jax.Array | None = None  # bf16[K R]
+    value_scales: jax.Array | None = None  # bf16[K R]
     parts: int = _static(default=1)
 
     AXES: ClassVar[dict[str, str]]  # those of a tree, without L: at the end of this file
@@ -102,7 +115,7 @@ class TreeLayer(_Arrays):
 class Tree(_Arrays):
     """A squeezed fixed context: all that answering questions about it needs, besides the model."""
 
-    keys: jax.Array  # [L K R H], after RoPE, in cluster order; R rows, at least S
+    keys: jax.Array  # [L K R H], after RoPE, in cluster order; R rows, at least S; i8 where there are scales
     values: jax.Array  # [L K R H]
     order: jax.Array  # i32[L K R], position in the context of each row; −1 = padding
     window_keys: jax.Array  # [L K sinks+W H], what is always read: the first tokens, then the last
@@ -113,6 +126,9 @@ class Tree(_Arrays):
     # Codes of single keys (codes.py), turned and less their cluster's rounded centroid; None without.
     key_codes: jax.Array | None = None  # u8[L K R bits·H/8]
     key_steps: jax.Array | None = None  # bf16[L K R]
+    # What keys and values in 8 bits are multiplied by, row by row (`KeysValues`); None where they are floating point.
+    key_scales: jax.Array | None = None  # bf16[L K R]
+    value_scales: jax.Array | None = None  # bf16[L K R]
     # Score "variance": log of the true denominator ≈ a + b · log of that estimated from clusters, a query head; (a, b).
     denominators: jax.Array | None = None  # f32[L K G 2]; None = not calibrated, 0 and 1
     fingerprint: str | None = _static(default=None)  # of the model that made it; None = unknown
@@ -146,6 +162,8 @@ class Tree(_Arrays):
         "levels.spreads": "LKC",
         "key_codes": "LKRb",
         "key_steps": "LKR",
+        "key_scales": "LKR",
+        "value_scales": "LKR",
         "denominators": "LKGz",
         "sparsities": "P",
         "thresholds": "nP",

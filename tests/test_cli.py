@@ -463,6 +463,7 @@ def test_options_are_those_of_the_configuration(command):
     expected = {"cluster_fractions": (0.1, 0.2), "observation_window": 7, "sinks": 3, "index_bits": 16, "key_bits": 1}
     assert config(every) == SqueezeConfig(**expected, cluster_metric="cosine")
     assert config("--score mean --key-bits 0") == SqueezeConfig(score="mean", key_bits=0)
+    assert config("--cache-bits 8") == SqueezeConfig(cache_bits=8)
     with pytest.raises(ValueError, match="key_bits=0"):
         config("--score mean")
     if command.startswith("build"):

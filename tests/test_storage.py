@@ -253,7 +253,27 @@ def test_files_of_version_1_read_as_the_papers(tmp_path):
     np.testing.assert_allclose(lse, then["lse"], atol=1e-6)
     # Written again, it is of the version of today.
     save(tmp_path / "again", tree, read_header(path).notes)
-    assert read_header(tmp_path / "again").version == 2
+    assert read_header(tmp_path / "again").version == 3
+    assert_same(load(tmp_path / "again"), tree)
+
+
+def test_files_of_version_2_hold_keys_and_values_as_the_model_gave_them(tmp_path):
+    """One that was written before there were others, and what it selected and attended then."""
+    path = Path(__file__).parent / "data" / "version2.tree"
+    tree, then = load(path), np.load(path.with_suffix(".npz"))
+    assert read_header(path).version == 2
+    assert (tree.config.cache_bits, tree.config.index_bits, tree.config.key_bits) == (16, 4, 2)
+    assert (tree.fingerprint, tree.num_keys, tree.key_scales) == ("0123abcd", 21, None)
+    np.testing.assert_array_equal(np.asarray(tree.keys).view(np.uint16), then["keys"])
+    log_T = squeezejax.log_thresholds(tree, 0.6)
+    np.testing.assert_allclose(log_T, then["log_T"], rtol=1e-6)
+    mask = squeezejax.select(tree, then["q"][0], layer=1, log_thresholds=log_T).key_mask(tree)
+    np.testing.assert_array_equal(mask, then["mask"])
+    q, k, v = (then[name] for name in "qkv")
+    out, lse = squeezejax.attend(tree, q, k, v, layer=1, sparsity=0.6, implementation="xla")
+    np.testing.assert_allclose(out, then["out"], atol=1e-5)
+    np.testing.assert_allclose(lse, then["lse"], atol=1e-5)
+    save(tmp_path / "again", tree)
     assert_same(load(tmp_path / "again"), tree)
 
 

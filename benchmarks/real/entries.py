@@ -18,7 +18,7 @@ from benchmarks.quality import methods as quality
 from benchmarks.quality.methods import Fixed, Method, everywhere
 from benchmarks.quality.variants import ABLATIONS
 from benchmarks.quality.variants import METHODS as QUALITY
-from benchmarks.real.index import index_bytes, look
+from benchmarks.real.index import index_bytes, look, spared
 from benchmarks.real.passes import SINKS, Chosen
 from squeezejax import SqueezeConfig, build_tree, calibrate, log_thresholds
 from squeezejax.offline.build import dimension_weights
@@ -123,7 +123,8 @@ def _library(estimate: bool):
 
         def some(q):
             mask, looked, missed = look(tree, q, layer, log_T, estimate)
-            return mask, index_bytes(tree, looked) / (4.0 * S * H), missed
+            kept = jnp.mean(mask.astype(jnp.float32), axis=2)
+            return mask, index_bytes(tree, looked) / (4.0 * S * H) - kept * spared(tree), missed
 
         blocks = q.reshape(-1, math.gcd(R, TOKENS), *q.shape[1:])
         found = jax.lax.map(some, blocks)

@@ -58,6 +58,12 @@ def index_bytes(tree: Tree, looked: Looked) -> jax.Array:
     return looked.clusters.astype(jnp.float32) * of_cluster + looked.codes.astype(jnp.float32) * of_code
 
 
+def spared(tree: Tree) -> float:
+    """Of the bytes of a key and value in 16 bits, the part that reading one in 8 bits and its scale spares."""
+    H = tree.keys.shape[-1]
+    return 1 - (H + 2) / (2 * H) if tree.config.cache_bits == 8 else 0.0
+
+
 def _live(tree: Tree, depth: int, layer) -> jax.Array:
     return tree.levels[depth].counts[layer] > 0
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.quality.methods import Cache, Fixed
 from squeezejax import SqueezeConfig
+from squeezejax.pallas_kernels.keys_values import KeysValues, in_8_bits
 from squeezejax.pallas_kernels.xla.softmax import merge
 
 HIDDEN = -1e30
@@ -77,12 +78,18 @@ def causal(q, k, v):
 
 
 def divide(context: Read, config: SqueezeConfig, sinks: int = 0, weights=None) -> Fixed:
-    """A context with its first `sinks` tokens and its last ones, the window, as what everybody attends to."""
+    """A context with its first `sinks` tokens and its last ones, the window, as what everybody attends to.
+
+    The other keys and values are rounded as the configuration says.
+    """
     W = config.observation_window
     last = context.keys.shape[2] - W
     ends = lambda x: jnp.concatenate([x[:, :, :sinks], x[:, :, last:]], axis=2)
     clustered = lambda x: x[:, :, sinks:last]
-    cache = Cache(clustered(context.keys), clustered(context.values), ends(context.keys), ends(context.values))
+    rows = KeysValues(clustered(context.keys), clustered(context.values))
+    if config.cache_bits == 8:
+        rows = in_8_bits(rows).wide()
+    cache = Cache(rows.keys, rows.values, ends(context.keys), ends(context.values))
     return Fixed(cache, context.queries[:, :, -W:], config, weights)
 
 
@@ -93,7 +100,9 @@ class Chosen(NamedTuple):
     """What R query tokens, each by itself, attend to in one layer, and what finding it took."""
 
     mask: jax.Array  # bool[K R S], of the clustered keys in their order
-    read: jax.Array  # f32[K R], bytes of the index that were read / bytes of all keys and values in 16 bits
+    # Bytes of the index that were read, less those that chosen keys spare by having fewer bits than 16, as a share of
+    # those of all keys and values in 16 bits.
+    read: jax.Array  # f32[K R]
     rest: tuple | None = None  # (out f32[K R G H], lse f32[K R G]) over keys not in the mask, where that is estimated
     missed: jax.Array | None = None  # f32[K R G], estimated log of the mass of keys not in the mask
 

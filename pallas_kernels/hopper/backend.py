@@ -54,6 +54,8 @@ class Hopper:
             raise NotImplementedError("the kernels take a context that lies on one device")
         if tree.config.score != "mean" or tree.levels[0].centroids is None or tree.levels[0].centroids.dtype != "f4":
             raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
+        if tree.config.cache_bits == 8:
+            raise NotImplementedError("the kernels read keys and values in 16 bits, not in 8")
         B, T, K, G, H = q.shape
         rows = jax.ShapeDtypeStruct((B, T, K * G, H), q.dtype)
         if task == "decode":

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.interface import KeysValues
+from squeezejax.pallas_kernels.keys_values import KeysValues
 from squeezejax.pallas_kernels.layout import from_lanes, split_heads, to_lanes
 from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over, partial_attention
 
@@ -81,19 +81,24 @@ def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
     def step(i, state: Softmax) -> Softmax:
         # The last chunk is moved back to end with the cache; rows already seen are masked.
         first = jnp.minimum(i * chunk, R - chunk)
-        take = lambda array: jax.lax.dynamic_slice(array, (layer, 0, first, 0), (1, K, chunk, H))[0]
+        at = lambda array: (layer, 0, first, *(0,) * (array.ndim - 3))
+        take = lambda array: jax.lax.dynamic_slice(array, at(array), (1, K, chunk, *array.shape[3:]))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
-        rows = read_rows(take, cache, i)
-        return state.add(q, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
+        return state.add(q, read_rows(take, cache, i, q.dtype), mask)
 
     out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 
 
-def read_rows(take, cache: KeysValues, step) -> KeysValues:
-    """Some rows of a cache, inside a loop that counts `step`; take(array) gives those of an array [… R H]."""
-    return jax.tree.map(lambda array: _read_array(take, array, step), cache)
+def read_rows(take, cache: KeysValues, step, dtype) -> KeysValues:
+    """Some rows of a cache in a dtype, their scales in float32, inside a loop that counts `step`.
+
+    take(array) gives the rows of an array [… R] or [… R H]. Only what it gives is widened.
+    """
+    rows = jax.tree.map(lambda array: _read_array(take, array, step), cache)
+    scales = (x if x is None else x.astype(jnp.float32) for x in (rows.key_scales, rows.value_scales))
+    return KeysValues(rows.keys.astype(dtype), rows.values.astype(dtype), *scales)
 
 
 def _read_array(take, array, step):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from squeezejax.pallas_kernels.interface import KeysValues
+from squeezejax.pallas_kernels.keys_values import KeysValues
 from squeezejax.pallas_kernels.xla.dense import read_rows
 from squeezejax.pallas_kernels.xla.softmax import Softmax
 
@@ -130,8 +130,8 @@ def attend_lists(q, cache: KeysValues, lists: Runs | Rows, head, *, chunk: int =
         def step(j, part: Softmax) -> Softmax:
             index = jax.lax.dynamic_slice_in_dim(numbers, j * chunk, chunk, axis=1)
             mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
-            rows = read_rows(lambda array: array.at[head_here, index].get(mode="promise_in_bounds"), cache, j)
-            return part.add(q_here, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
+            take = lambda array: array.at[head_here, index].get(mode="promise_in_bounds")
+            return part.add(q_here, read_rows(take, cache, j, q.dtype), mask)
 
         steps = (jnp.max(size) + chunk - 1) // chunk
         return state.add_parts(jax.lax.fori_loop(0, steps, step, Softmax.start(U, M, H)), lane)

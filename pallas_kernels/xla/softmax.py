@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels.keys_values import KeysValues
+
 # Finite, so that a fully masked row stays free of NaN: its lse is about MASKED, and a merge gives it no weight.
 MASKED = -1e30
 
@@ -70,15 +72,21 @@ class Softmax(NamedTuple):
         zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
         return cls(jnp.full((U, M), MASKED, jnp.float32), zeros(U, M), zeros(U, M, H))
 
-    def add(self, q, k, v, mask) -> "Softmax":
-        """With keys k, values v [U J H] where mask bool[U J], for queries q [U M H]."""
-        scores = jnp.einsum("UMH,UJH->UMJ", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    def add(self, q, rows: KeysValues, mask) -> "Softmax":
+        """With rows, leading axes [U J], where mask bool[U J], for queries q [U M H]."""
+        v = rows.values
+        scores = jnp.einsum("UMH,UJH->UMJ", q, rows.keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+        if rows.key_scales is not None:
+            scores *= rows.key_scales[:, None, :]
         scores = jnp.where(mask[:, None, :], scores, MASKED)
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
         weights = jnp.where(mask[:, None, :], jnp.exp(scores - top[:, :, None]), 0.0)
         keep = jnp.exp(self.top - top)
+        total = self.total * keep + jnp.sum(weights, axis=-1)
+        if rows.value_scales is not None:
+            weights *= rows.value_scales[:, None, :]
         out = jnp.einsum("UMJ,UJH->UMH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return Softmax(top, self.total * keep + jnp.sum(weights, axis=-1), self.out * keep[:, :, None] + out)
+        return Softmax(top, total, self.out * keep[:, :, None] + out)
 
     def add_scores(self, scores, v) -> "Softmax":
         """With keys of scores f32[M J], MASKED where there is none, and values v [J H]; for one lane of M rows.

@@ -111,7 +111,7 @@ def append(arguments):
     ids, prompt = chat.extend_prompt(tokenizer, prompt, more)
     _check_vocabulary(ids, model_config)
     watch = Watch(arguments.quiet)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    params = models.load(folder, dtype=header.tensors["window_keys"].dtype)
     tree = storage.load(arguments.tree, params)
     warn_of_length(tree.context_length + len(ids), model_config)
     tree = squeezejax.append(params, tree, ids, key=jax.random.key(arguments.seed), progress=watch)

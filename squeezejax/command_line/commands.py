@@ -125,7 +125,7 @@ def ask(arguments):
     tokenizer = chat.load_tokenizer(folder)
     asked = [chat.question_ids(tokenizer, prompt, question) for question in arguments.questions]
     context = None if arguments.explain is None else _read_squeezed(arguments, tokenizer, header)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    params = models.load(folder, dtype=header.tensors["window_keys"].dtype)
     tree = storage.load(arguments.tree, params)
     longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
     warn_of_length(tree.context_length + longest, model_config)

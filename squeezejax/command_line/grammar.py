@@ -209,6 +209,14 @@ def _add_index(group):
     )
     _add_field(
         group,
+        "cache_bits",
+        int,
+        None,
+        "of each number of keys and values, sinks and window apart; 16: as the model gives them (default: {})",
+        choices=(16, 8),
+    )
+    _add_field(
+        group,
         "cluster_metric",
         str,
         None,

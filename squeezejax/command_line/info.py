@@ -51,7 +51,7 @@ def describe_tree(path) -> dict:
         "layers": L,
         "kv_heads": K,
         "head_dim": H,
-        "dtype": header.tensors["keys"].dtype.name,
+        "dtype": header.tensors["window_keys"].dtype.name,
         "levels": [_describe_level(count) for count in counts],
         "log_thresholds": _describe_thresholds(header, table),
         "missed_mass": _describe_missed(header, table),
@@ -108,6 +108,8 @@ def _lines(content: dict):
         f"model        {content['layers']} layers, {content['kv_heads']} key/value heads of {content['head_dim']}, "
         f"{content['dtype']}; fingerprint {content['model_fingerprint'] or 'unknown'}"
     )
+    if config["cache_bits"] == 8:
+        yield "keys, values clustered ones in 8 bits, with a scale a row; sinks and window as the model gives them"
     for number, level in enumerate(content["levels"], 1):
         name = "levels" if number == 1 else ""
         yield (

@@ -168,7 +168,7 @@ def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:
     paid = split_heads(lse[..., None], K)[0, count - 1]  # [K G 1]
     # Rows lie in cluster order; padding, −1 there, is sent past the end.
     at = jnp.where(tree.order[layer] < 0, S, tree.order[layer])
-    by_row = jnp.swapaxes(_scores(last, tree.keys[layer]), 1, 2)
+    by_row = jnp.swapaxes(_scores(last, jax.tree.map(lambda x: x[layer], tree.cache).wide().keys), 1, 2)
     scores = jnp.zeros((K, S, last.shape[1]), jnp.float32).at[jnp.arange(K)[:, None], at].set(by_row, mode="drop")
     scores = jnp.swapaxes(scores, 1, 2)  # [K G S]
     always = jnp.exp(_scores(last, tree.window_keys[layer]) - paid)
@@ -185,5 +185,5 @@ def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:
 
 def _scores(q, k):
     """q·k/√H of q [K G H] and k [K R H] -> f32[K G R]."""
-    dots = jnp.einsum("KGH,KRH->KGR", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    dots = jnp.einsum("KGH,KRH->KGR", q.astype(jnp.float32), k.astype(jnp.float32))
     return dots / jnp.sqrt(jnp.float32(q.shape[-1]))

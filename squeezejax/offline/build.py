@@ -12,6 +12,7 @@ from squeezejax.mesh import sharding
 from squeezejax.offline.kmeans import Clustering, cluster_levels
 from squeezejax.offline.shape import Shape, shape_clusters, shape_of
 from squeezejax.pallas_kernels import codes, registry
+from squeezejax.pallas_kernels.keys_values import KeysValues, in_8_bits
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
 from squeezejax.tree import Level, Tree, TreeLayer, stack_layers
 
@@ -137,7 +138,8 @@ def _build_heads(
 
     with jax.named_scope("cluster"):
         labels = jax.vmap(cluster_head)(rows, seeds)
-    return _arrange(keys, values, labels, clusters, config, shape_of(config, S, keys.dtype, first_row), offset)
+    shape = shape_of(config, S, stored_dtype(config, keys.dtype), first_row)
+    return _arrange(keys, values, labels, clusters, config, shape, offset)
 
 
 def clustered(x, config: SqueezeConfig):
@@ -161,7 +163,7 @@ def _arrange(
     rows = clustered(keys, config)
     S = rows.shape[1]
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters, shape=shape))(rows, labels)
-    padding = padding_rows(S, keys.dtype)
+    padding = padding_rows(S, stored_dtype(config, keys.dtype))
     take = lambda x: jnp.take_along_axis(x, order[:, :, None], axis=1)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
     sorted_keys = take(rows)
@@ -169,9 +171,10 @@ def _arrange(
     with jax.named_scope("round"):
         levels, coded = jax.vmap(round_head)(sorted_keys, levels, offset)
     key_codes, key_steps = (None, None) if coded is None else map(pad, coded)
+    cache = KeysValues(sorted_keys, take(clustered(values, config)))
+    cache = jax.tree.map(pad, in_8_bits(cache) if config.cache_bits == 8 else cache)
     return TreeLayer(
-        keys=pad(sorted_keys),
-        values=pad(take(clustered(values, config))),
+        **vars(cache),
         order=jnp.pad(order, ((0, 0), (0, padding)), constant_values=-1),
         window_keys=always_read(keys, config),
         window_values=always_read(values, config),
@@ -212,6 +215,11 @@ def _round_head(keys, levels: tuple[Level, ...], offset, *, config: SqueezeConfi
             level = dataclasses.replace(level, spreads=spreads.astype(jnp.bfloat16))
         rounded.append(level)
     return tuple(rounded), codes.encode(residual, config.key_bits) if config.key_bits else None
+
+
+def stored_dtype(config: SqueezeConfig, dtype):
+    """Of clustered keys and values that a model gives in `dtype`."""
+    return jnp.dtype(jnp.int8) if config.cache_bits == 8 else dtype
 
 
 def padding_rows(num_keys: int, dtype) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from squeezejax.mesh import sharding
 from squeezejax.offline.thresholds import GRID
 from squeezejax.pallas_kernels import codes
+from squeezejax.pallas_kernels.keys_values import KeysValues
 from squeezejax.pallas_kernels.xla import common_scale
 from squeezejax.pallas_kernels.xla.lists import cluster_of_rows
 from squeezejax.pallas_kernels.xla.softmax import MASKED
@@ -118,14 +119,14 @@ class _Head(NamedTuple):
 class _Rows(NamedTuple):
     """And of its rows."""
 
-    keys: jax.Array  # [R H]
+    cache: KeysValues  # leading axis [R]
     order: jax.Array  # i32[R], −1 = padding
     key_codes: jax.Array | None
     key_steps: jax.Array | None
 
 
 def _read_by(tree: Tree) -> _Head:
-    return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), tree.window_keys)
+    return _Head(tree.levels, _Rows(tree.cache, tree.order, tree.key_codes, tree.key_steps), tree.window_keys)
 
 
 def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, context: str | None):
@@ -151,7 +152,7 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
 
     # The denominator from clusters, and what makes it the true one.
     def mass(rows: _Rows):
-        exact = jnp.where((rows.order >= 0)[:, None], product(rows.keys.astype(jnp.float32), plain), MASKED)
+        exact = jnp.where((rows.order >= 0)[:, None], product(rows.cache.wide().keys, plain), MASKED)
         return jax.nn.logsumexp(exact, axis=0)
 
     lse = common_scale.denominator(scores[0], here.levels[0].counts, sink_scores, context)
@@ -189,7 +190,7 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
             finest.append(_count(functools.reduce(jnp.minimum, caps, x), live))
         finest = jnp.stack(finest)
         joint = [[_count_pairs(x, scores[i][owner], live) for scores, owner in above] for i, x in enumerate(of_rows)]
-        mass = jnp.exp(product(rows.keys.astype(jnp.float32), plain) - everything[None, :])
+        mass = jnp.exp(product(rows.cache.wide().keys, plain) - everything[None, :])
         mass = live * jnp.sum(mass.reshape(-1, W, G), axis=2)
         highest = above[-1][0][0][above[-1][1]] if above else jnp.full(mass.shape, HIGHEST)
         found = _Counts(

@@ -32,7 +32,7 @@ def add_value_centroids(tree: Tree) -> Tree:
     flat = lambda x: x.reshape(L * K, *x.shape[2:])
 
     def one_head(head):  # index in L·K -> [means f32[C H], …], coarse → fine
-        values = flat(tree.values)[head].astype(jnp.float32)
+        values = jax.tree.map(lambda x: flat(x)[head], tree.cache).wide().values
         fine = jax.tree.map(lambda leaf: flat(leaf)[head], tree.levels[-1])
         cluster = cluster_of_rows(fine.starts, fine.counts, R)
         sums = [jax.ops.segment_sum(values, cluster, fine.counts.shape[0])]  # drops padding

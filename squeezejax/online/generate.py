@@ -353,8 +353,8 @@ def empty_state(params, tree: Tree, B: int, room: int) -> State:
     config = params.config
     shape = (config.num_layers, B, room, config.num_kv_heads, config.head_dim)
     state = State(
-        keys=jnp.zeros(shape, tree.keys.dtype),
-        values=jnp.zeros(shape, tree.keys.dtype),
+        keys=jnp.zeros(shape, tree.dtype),
+        values=jnp.zeros(shape, tree.dtype),
         lengths=jnp.zeros(B, jnp.int32),
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
         kept_fraction=jnp.zeros(B, jnp.float32),

@@ -17,7 +17,8 @@ import numpy as np
 
 from squeezejax.config import SqueezeConfig
 
-VERSION = 2  # 1: only trees as the paper's, whose configuration lacks the fields of the index
+# 1: only trees as the paper's, whose configuration lacks the fields of the index. 2: no keys and values in 8 bits.
+VERSION = 3
 MOST_HEADER_BYTES = 16 << 20  # far above any real header; bounds what a damaged length can make us read
 
 _FORMAT = "squeezejax tree"
@@ -30,6 +31,7 @@ _DTYPES = {  # safetensors' names
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
 }
 
@@ -198,6 +200,8 @@ def _interpret_config(metadata: dict) -> SqueezeConfig:
     fields = _parse(metadata["config"])
     if metadata["version"] == "1":
         return SqueezeConfig.paper(**fields)
+    if metadata["version"] == "2":
+        fields = {"cache_bits": 16} | fields
     names = {field.name for field in dataclasses.fields(SqueezeConfig)}
     require(fields.keys() == names, "its configuration lacks fields, or has others")
     return SqueezeConfig(**fields)
@@ -223,10 +227,12 @@ def _interpret_tensors(content: dict, checksums: dict) -> dict[str, StoredTensor
 
 def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_keys: int):
     """Raises ValueError unless the tensors are those of a tree, with dtypes and axes that fit together."""
-    keys = tensors["keys"].dtype if "keys" in tensors else None
-    required = dict.fromkeys(("keys", "values"), (keys, "LKRH")) | {"order": (np.int32, "LKR")}
-    required |= dict.fromkeys(("window_keys", "window_values"), (keys, "LKWH"))
-    bf16 = jnp.dtype(jnp.bfloat16)
+    given = tensors["window_keys"].dtype if "window_keys" in tensors else None  # by the model
+    stored, bf16 = (np.int8 if config.cache_bits == 8 else given), jnp.dtype(jnp.bfloat16)
+    required = dict.fromkeys(("keys", "values"), (stored, "LKRH")) | {"order": (np.int32, "LKR")}
+    required |= dict.fromkeys(("window_keys", "window_values"), (given, "LKWH"))
+    if config.cache_bits == 8:
+        required |= dict.fromkeys(("key_scales", "value_scales"), (bf16, "LKR"))
     for i in range(config.num_levels):
         of_cluster = ("L", "K", f"C{i}")
         if config.index_bits >= 16:
@@ -264,7 +270,7 @@ def check_shapes(tensors: dict[str, StoredTensor], config: SqueezeConfig, num_ke
             f"the shape {list(shape)} of tensor {name} does not fit the other tensors",
         )
         require(tensors[name].dtype == dtype, f"tensor {name} has dtype {tensors[name].dtype}")
-    require(keys in (np.float32, jnp.bfloat16, np.float16), f"tensor keys has dtype {keys}")
+    require(given in (np.float32, jnp.bfloat16, np.float16), f"tensor window_keys has dtype {given}")
     require(all(n > 0 for axis, n in sizes.items() if axis not in ("W", "k")), "an axis has no entries")
     require(num_keys <= sizes["R"] < 2**31, f"it has {sizes['R']} rows for {num_keys} keys")
     require(config.sinks <= sizes["W"], f"it has {sizes['W']} tokens that are always read for {config.sinks} sinks")

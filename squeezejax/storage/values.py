@@ -16,8 +16,8 @@ def check_values(leaves: dict, num_keys: int, parts: int):
     large = ("keys", "values", "key_codes", "window_keys", "window_values")
     small = {name: whole_on_host(leaf) for name, leaf in leaves.items() if name not in large}
     order = small["order"]
-    if "key_steps" in small:
-        require(np.isfinite(small["key_steps"].astype(np.float32)).all(), "its codes of keys are not finite")
+    for name, what in (("key_steps", "codes of keys"), ("key_scales", "keys"), ("value_scales", "values")):
+        require(np.isfinite(small.get(name, np.zeros(1)).astype(np.float32)).all(), f"its {what} are not finite")
     above = 1
     for i in range(sum(name.endswith(".counts") for name in small)):
         starts, counts, parents = (small[f"levels.{i}.{name}"] for name in ("starts", "counts", "parents"))

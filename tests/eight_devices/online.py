@@ -19,7 +19,13 @@ CONTEXT = RNG.integers(0, 31, S + W)
 QUESTIONS = RNG.integers(0, 31, (4, T)).astype(np.int32)
 LENGTHS = np.array([5, 3, 1, 4], np.int32)
 SPARSITIES = (0.6, 0.0, 1.0)  # some keys, all of them, none
-CLUSTERS = {"flat": (14,), "hierarchical": (4, 14), "codes": (14,), "codes below a hierarchy": (4, 14)}
+CLUSTERS = {
+    "flat": (14,),
+    "hierarchical": (4, 14),
+    "codes": (14,),
+    "codes below a hierarchy": (4, 14),
+    "codes, 8 bits": (14,),
+}
 FRACTIONS = {1: (0.3,), 2: (0.1, 0.3)}
 
 
@@ -30,6 +36,7 @@ def on_one_device(heads, kv_heads, kind):
     make = functools.partial(SqueezeConfig, sinks=3) if "codes" in kind else SqueezeConfig.paper
     fractions = FRACTIONS[len(CLUSTERS[kind])]
     config = make(cluster_fractions=fractions, observation_window=W, query_block=2, sparsity=0.6)
+    config = dataclasses.replace(config, cache_bits=8 if "8 bits" in kind else 16)
     tree = oracle.model_tree(params, CONTEXT, config, clusters=CLUSTERS[kind])
     answers = {sparsity: generate(params, tree, QUESTIONS, LENGTHS, sparsity) for sparsity in SPARSITIES}
     assert np.all((answers[0.6].kept_fraction > 0.02) & (answers[0.6].kept_fraction < 0.9))
@@ -57,6 +64,7 @@ def put_all(mesh, params, tree):
         (4, 4, "hierarchical", {"data": 2, "model": 4}),
         (4, 2, "codes", {"context": 4}),
         (4, 2, "codes below a hierarchy", {"data": 2, "model": 2, "context": 2}),
+        (4, 2, "codes, 8 bits", {"data": 2, "model": 2, "context": 2}),
     ],
 )
 def test_same_tokens_and_nothing_sent(heads, kv_heads, kind, axes):

@@ -84,7 +84,10 @@ def test_keeping_every_key_is_dense(material, name):
     np.testing.assert_allclose(found.log_probabilities, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, DEFAULT], ids=["paper", "default"])
+IN_8_BITS = dataclasses.replace(DEFAULT, cache_bits=8)
+
+
+@pytest.mark.parametrize("config", [CONFIG, DEFAULT, IN_8_BITS], ids=["paper", "default", "8 bits"])
 def test_the_librarys_choice_is_what_its_own_attention_attends_to(material, config):
     material, _ = material
     entry = entries.library("library", config)
@@ -140,6 +143,15 @@ def test_bytes_of_an_index_by_hand():
     assert float(index.index_bytes(tree, looked)[0, 0]) == 7 * (32 * 8 / 8 + 4)
     chosen = select(tree, q[None], layer=0, log_thresholds=jnp.array([-5.0, -5.0])).key_mask(tree)
     np.testing.assert_array_equal(mask[0], chosen)
+
+
+def test_keys_in_8_bits_are_counted_with_their_scales(material):
+    """Half the bytes, and two for a scale: at every key kept, what is read besides the index."""
+    material, _ = material
+    found = [told(material, entries.library("library", config), 0.0) for config in (DEFAULT, IN_8_BITS)]
+    H = material.params.config.head_dim
+    np.testing.assert_allclose(found[0].lost.read - found[1].lost.read, 1 - (H + 2) / (2 * H), atol=1e-6)
+    assert 0 < np.abs(found[0].log_probabilities - found[1].log_probabilities).max() < 0.05
 
 
 def test_bytes_of_the_default_index_by_hand(material):
