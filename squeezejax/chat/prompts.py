@@ -209,8 +209,8 @@ def conversation_ids(tokenizer, prompt: Prompt, turns, question: str) -> list[in
 
 
 def stop_tokens(tokenizer, config) -> tuple[int, ...]:
-    """Ids that end a reply: the checkpoint's, and the tokenizer's end of sequence."""
-    ids = [*config.stop_tokens, tokenizer.eos_token_id]
+    """Ids that end a reply: the model's, where its configuration has `stop_tokens`, and the tokenizer's own."""
+    ids = [*getattr(config, "stop_tokens", ()), tokenizer.eos_token_id]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
