@@ -144,16 +144,21 @@ class Record:
     question: tuple[int, ...]  # ids of all that followed the squeezed ones and was there before the reply
     ended_by: str  # "stop token", "length", or the stop string
     seconds: float  # from the question's first token to the reply's last
-    kept_fraction: float  # kept clustered keys / S, mean over the reply's tokens
+    kept_fraction: (
+        float  # kept clustered keys / S, mean over the reply's tokens (not that with which a stop string came)
+    )
     prefill_kept_fraction: float  # the same while the question was read
+    dense_because: str | None  # why every key was read; None where keys were chosen
 
     def __str__(self) -> str:
         """One line for a terminal."""
         count = len(self.tokens)
         rate = f"{count / self.seconds:.1f} tokens/s" if self.seconds else "no time measured"
+        kept = f"{self.kept_fraction:.1%} in replying, {self.prefill_kept_fraction:.1%} in reading the question"
+        dense = "" if self.dense_because is None else f" (every key was read: {self.dense_because})"
         return (
             f"{count} tokens in {self.seconds:.2f} s ({rate}, reading the question included); keys of the context "
-            f"kept: {self.kept_fraction:.1%} in replying, {self.prefill_kept_fraction:.1%} in reading the question"
+            f"kept: {kept}{dense}"
         )
 
 
@@ -219,6 +224,7 @@ class Reply(Iterator[str]):
             seconds=stats.seconds,
             kept_fraction=stats.kept,
             prefill_kept_fraction=stats.prefill_kept,
+            dense_because=self._session.why_dense(),
         )
 
     def _say(self, piece: str) -> Iterator[str]:

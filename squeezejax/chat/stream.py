@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.online.generate import State, decode, prefill
+from squeezejax.online.fallback import why_dense
+from squeezejax.online.generate import State, prefill, read_one
+from squeezejax.online.reading import reading_of
+from squeezejax.online.sampling import Sampling, sample, sampling_of
 from squeezejax.tree import Tree
 
 # Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
@@ -43,13 +47,8 @@ class Options:
 
     @property
     def reading(self) -> dict:
-        """As arguments of `prefill` and `decode`: what is read of the context. Sparsity 0 is dense attention."""
+        """As arguments of `prefill` and `reading_of`: what is read of the context. Sparsity 0 is dense attention."""
         return {"sparsity": 0.0 if self.dense else self.sparsity, "implementation": self.implementation}
-
-    @property
-    def sampling(self) -> dict:
-        """As arguments of `decode`: how tokens are drawn."""
-        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
 
 
 @dataclasses.dataclass
@@ -57,7 +56,7 @@ class Stats:
     """What one reply took."""
 
     seconds: float = 0.0  # from the question's first token to the reply's last
-    kept: float = 0.0  # mean kept fraction of the clustered keys while replying
+    kept: float = 0.0  # kept fraction of the clustered keys, mean over the reply's tokens that were read
     prefill_kept: float = 0.0  # the same while reading the question
 
 
@@ -75,31 +74,27 @@ class Session:
         """Reads ids, all that follows the context up to the reply, and yields the reply's tokens, a stop token too.
 
         What the state holds already, from earlier turns, is not read again: it goes back to where ids first differ.
+        A token is read after it has been given out, so that nobody waits for the next one's program to see the first.
         """
         started = time.perf_counter()
         self._read(ids)
         options = self.options
-        self.stats = Stats(prefill_kept=float(self._state.kept_fraction[0]))
+        prefill_kept = float(self._state.kept_fraction[0])
+        self.stats = Stats(kept=prefill_kept, prefill_kept=prefill_kept)
         key = jax.random.fold_in(jax.random.key(options.seed), self._replies)
         self._replies += 1
+        sampling = sampling_of(options.temperature, options.top_k, options.top_p, key, None)
+        reading = reading_of(self._tree, **options.reading)
         kept = 0.0
         for number in range(options.max_new_tokens):
-            generation, self._state = decode(
-                self._params,
-                self._tree,
-                self._state,
-                1,
-                key=jax.random.fold_in(key, number),
-                **options.reading,
-                **options.sampling,
-            )
-            token = int(generation.tokens[0, 0])
-            self._ids.append(token)
-            kept += float(generation.kept_fraction[0])
-            self.stats = dataclasses.replace(
-                self.stats, seconds=time.perf_counter() - started, kept=kept / (number + 1)
-            )
+            drawn = _draw(self._state.logits, sampling, number)
+            token = int(drawn[0])
+            self.stats.seconds = time.perf_counter() - started
             yield token
+            self._state = read_one(self._params, self._tree, self._state, drawn, reading)
+            self._ids.append(token)
+            kept += float(self._state.kept_fraction[0])
+            self.stats.kept = kept / (number + 1)
             if token in options.stop_tokens:
                 return
 
@@ -128,9 +123,23 @@ class Session:
         )
         self._ids = list(ids)
 
+    def why_dense(self) -> str | None:
+        """Why every key is read, in a sentence's words; None where keys are chosen."""
+        if self.options.dense:
+            return "dense attention was asked for"
+        given = self.options.sparsity
+        sparsity = self._tree.config.sparsity if given is None else given
+        return why_dense(self._tree, sparsity, self.options.implementation)
+
     def rehearse(self, ids: list[int]):
         """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
-        next(copy.copy(self).reply(ids))
+        list(itertools.islice(copy.copy(self).reply(ids), 2))  # the second token comes when the first has been read
+
+
+@jax.jit
+def _draw(logits, sampling: Sampling, number):
+    """Token `number` of the replies, i32[B], from logits f32[B V]: as `decode` draws it in one call for all."""
+    return sample(logits, sampling, sampling.key, number)
 
 
 def pad(ids: list[int]) -> np.ndarray:

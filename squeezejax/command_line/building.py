@@ -20,6 +20,7 @@ from squeezejax.command_line.commands import (
     warn_of_length,
 )
 from squeezejax.command_line.trust import EMBEDDED, is_trusted, model_notes
+from squeezejax.command_line.waiting import waiting_for
 from squeezejax.memory import readable_bytes
 from squeezejax.offline import unfinished
 from squeezejax.offline.progress import Bar
@@ -33,8 +34,9 @@ def build(arguments):
     config = squeeze_config(arguments)
     folder = model_directory(arguments.model)
     model_config = read_model_config(folder)
-    tokenizer = text.load_tokenizer(folder)
-    prepared = text.prepare(tokenizer, context)
+    with waiting_for("reading the text"):
+        tokenizer = text.load_tokenizer(folder)
+        prepared = text.prepare(tokenizer, context)
     count = len(prepared.tokens)
     if count <= config.always_read:
         raise ValueError(
@@ -48,7 +50,8 @@ def build(arguments):
     if checkpoint is not None:
         unfinished.check_free(checkpoint)
     watch = _Watch(arguments.quiet)
-    params = models.load(folder, dtype=arguments.dtype)
+    with waiting_for("loading the model"):
+        params = models.load(folder, dtype=arguments.dtype)
     key = jax.random.key(arguments.seed)
     model = _model_name(arguments.model, folder)
     notes = {**model_notes(model), "context": os.path.abspath(arguments.context)}
@@ -106,13 +109,15 @@ def append(arguments):
     prompt = text.Prompt.from_notes(header.notes)
     folder = asked_model(arguments.model, header.notes)
     model_config = read_model_config(folder)
-    tokenizer = text.load_tokenizer(folder)
-    prepared = text.prepare(tokenizer, more, after=prompt)
+    with waiting_for("reading the text"):
+        tokenizer = text.load_tokenizer(folder)
+        prepared = text.prepare(tokenizer, more, after=prompt)
     count = len(prepared.tokens)
     _check_vocabulary(prepared.tokens, model_config)
     watch = _Watch(arguments.quiet)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
-    document = text.load(arguments.tree, params)
+    with waiting_for("loading model and tree"):
+        params = models.load(folder, dtype=header.tensors["keys"].dtype)
+        document = text.load(arguments.tree, params)
     warn_of_length(document.tree.context_length + count, model_config)
     key = jax.random.key(arguments.seed)
     document = text.append(params, tokenizer, document, prepared, key=key, progress=watch)

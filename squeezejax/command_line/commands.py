@@ -4,24 +4,24 @@ All that can fail cheaply fails before a model is loaded.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from squeezejax import models, text
 from squeezejax.chat import prompts
 from squeezejax.chat.shown import shown, shown_line
 from squeezejax.command_line.trust import EMBEDDED, check_trusted
+from squeezejax.command_line.waiting import waiting_for
 from squeezejax.config import SqueezeConfig
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
 from squeezejax.offline.thresholds import expected_missed_mass, sparsity_for
-from squeezejax.online.reading import reading_of
+from squeezejax.online.fallback import why_dense
 from squeezejax.storage import files as storage
 
 MOST_MISSED = 0.05  # of attention; with more, `ask --stats` names a sparsity that misses less
@@ -122,16 +122,18 @@ def ask(arguments):
     prompt = text.Prompt.from_notes(header.notes)
     folder = asked_model(arguments.model, header.notes)
     model_config = read_model_config(folder)
-    tokenizer = text.load_tokenizer(folder)
+    with waiting_for("loading the tokenizer"):
+        tokenizer = text.load_tokenizer(folder)
     asked = [prompts.question_ids(tokenizer, prompt, question) for question in arguments.questions]
     context = None if arguments.explain is None else _read_squeezed(arguments, tokenizer, header)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
-    document = text.load(arguments.tree, params)
+    with waiting_for("loading the model"):
+        params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    with waiting_for("loading the tree"):
+        document = text.load(arguments.tree, params)
     longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
     warn_of_length(document.tree.context_length + longest, model_config)
     asking = _Asking(params, tokenizer, document, _options(arguments), arguments.stats)
-    if not arguments.dense:
-        _say_if_dense(asking)
+    _say_if_dense(asking)
     if arguments.chat:
         return _chat(asking, list(arguments.questions))
     for number, question in enumerate(arguments.questions):
@@ -152,14 +154,10 @@ def _options(arguments) -> text.Options:
 
 def _say_if_dense(asking: _Asking):
     """Says on standard error that every key will be read, though a sparsity was asked for, and why."""
-    tree, sparsity = asking.document.tree, asking.sparsity
-    reading = reading_of(tree, sparsity=sparsity, implementation=asking.options.implementation)
-    if sparsity > 0 and np.all(np.asarray(reading.log_T) == -np.inf):
-        print(
-            f"squeezejax: every key is read: in a text of {tree.context_length:,} tokens, at sparsity {sparsity:g}, "
-            "choosing keys would take longer than reading all (--implementation xla chooses them anyway)",
-            file=sys.stderr,
-        )
+    why = why_dense(asking.document.tree, asking.sparsity, asking.options.implementation)
+    if asking.sparsity > 0 and why is not None:
+        why = why.replace("a named implementation", "--implementation xla")
+        print(f"squeezejax: every key is read: {why}", file=sys.stderr)
 
 
 def _check_ask(arguments):
@@ -211,9 +209,11 @@ def asked_model(model: str | None, notes: dict[str, str]) -> Path:
 
 def _answer(asking: _Asking, reply: text.Reply) -> text.Record:
     """Prints a reply as it comes."""
-    if asking.stats:
-        reply.rehearse()
-    for piece in reply:
+    with waiting_for("reading the question"):
+        if asking.stats:
+            reply.rehearse()
+        first = next(reply, "")
+    for piece in itertools.chain([first], reply):
         print(shown(piece), end="", flush=True)
     print()
     if asking.stats:
