@@ -1,6 +1,7 @@
 """Text in, text out: documents, replies in pieces, conversations, stop strings; the command line does the same."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,9 @@ def test_dense_is_sparsity_0(params, tokenizer, document):
     dense = dataclasses.replace(EVERY_KEY, sparsity=None, dense=True)
     records = [text.ask(params, tokenizer, document, QUESTION, options).record for options in (EVERY_KEY, dense)]
     assert records[0].tokens == records[1].tokens
+    assert [record.dense_because for record in records] == ["sparsity 0 was asked for", "dense attention was asked for"]
     squeezed = text.ask(params, tokenizer, document, QUESTION, text.Options(max_new_tokens=4)).record
+    assert squeezed.dense_because is None
     assert 0 < squeezed.kept_fraction < 1
     generated = squeezejax.generate(params, document.tree, squeezed.question, max_new_tokens=4)
     assert list(squeezed.tokens) == np.asarray(generated.tokens[0]).tolist()
@@ -211,6 +214,16 @@ def test_wrong_arguments(params, tokenizer, document, tmp_path):
     squeezejax.save(tmp_path / "bare.tree", document.tree)
     with pytest.raises(ValueError, match="no notes on its prompt"):
         text.load(tmp_path / "bare.tree", params)
+
+
+def test_the_example_in_the_readme(folder, params, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = readme.split("<!-- tests/test_text.py runs this -->")[1].split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("essay.txt").write_text(CONTEXT * 3, encoding="utf-8")
+    exec(example.replace("64", "6"), {"path": folder / "model", "params": params})
+    assert "6 tokens in" in capsys.readouterr().out
+    assert text.load("essay.tree", params).prompt.template == "chat"
 
 
 # ---- Stop strings
