@@ -11,6 +11,7 @@ A model's positions may end before the context does; reading beyond them takes t
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import subprocess
@@ -110,7 +111,8 @@ def _serve(options):
             multiply()
             print(2 * 2048**3 / min(once(multiply)[0] for _ in range(5)), flush=True)
         else:
-            print(once(lambda: read(_token_ids(int(question))))[0], flush=True)
+            ids = _token_ids(int(question))
+            print(once(functools.partial(read, ids))[0], flush=True)
 
 
 def _token_ids(count: int) -> list[int]:
