@@ -94,7 +94,7 @@ def make_step(tree: Tree, T: int, *, room: int = 64, heads: int = HEADS, seed: i
     rows = max(T, room)
     q = 1.5 * jax.random.normal(keys[0], (1, T, heads, H))
     k, v = (jax.random.normal(key, (1, rows, K, H)) for key in keys[1:])
-    return Step(tree, *(x.astype(tree.keys.dtype) for x in (q, k, v)))
+    return Step(tree, *(x.astype(tree.dtype) for x in (q, k, v)))
 
 
 def copy_bandwidth(rounds: int) -> float:
