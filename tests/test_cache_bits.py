@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import chex
 import flax.serialization
@@ -21,7 +22,7 @@ from squeezejax.pallas_kernels.keys_values import KeysValues, in_8_bits
 from squeezejax.pallas_kernels.xla.backend import Xla
 from squeezejax.plan import tree_shapes
 
-L, K, G, H, S, W, SINKS = 2, 2, 2, 12, 60, 5, 3
+L, K, G, H, S, W, SINKS = 2, 2, 2, 12, 64, 5, 3
 RULES = {
     "codes": SqueezeConfig(cluster_fractions=(0.2,), sinks=SINKS, observation_window=W, query_block=2, cache_bits=8),
     "paper": SqueezeConfig.paper(
@@ -159,14 +160,14 @@ def test_attention_is_exact_over_the_kept_rounded_rows(rule, sparsity):
 
 
 def test_the_loss_is_small():
-    """Attention with rounded rows is within 1 % of that with the rows as given, and not equal to it."""
+    """Attention with rounded rows, some of them very long, is within 5 % of that with the rows as given, not equal."""
     q, k, v = tokens()
     outs = [
         squeezejax.attend(make(bits=bits), q, k, v, layer=LAYER, log_thresholds=jnp.full(2, -jnp.inf))[0]
         for bits in (8, 16)
     ]
     error = np.linalg.norm(outs[0] - outs[1]) / np.linalg.norm(outs[1])
-    assert 1e-5 < error < 0.01
+    assert 1e-5 < error < 0.05
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -182,8 +183,8 @@ def test_rows_are_read_in_place(dtype, sparsity):
     reading = squeezejax.online.reading.reading_of(make(dtype=dtype), sparsity=sparsity, implementation="xla")
     tree = dataclasses.replace(tree, denominators=None)  # of two query heads a key head
     program = jax.jit(Xla().decode).lower(tree, q, own, 1, reading).compile()
-    assert program.memory_analysis().temp_size_in_bytes < K * rows * H / 2
-    assert "s8[" in program.as_text()
+    # Arrays with the axes [… R H], by their dtype.
+    assert set(re.findall(rf"\b(\w+)\[[\d,]*{rows},{H}\]", program.as_text())) == {"s8"}
 
 
 # ---- Elsewhere

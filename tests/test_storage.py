@@ -289,7 +289,7 @@ def test_readable_by_safetensors(tmp_path, tree):
     assert set(tensors) == rows | level
     save(tmp_path / "a.safetensors", make_tree(jnp.bfloat16, calibrated=False))
     with safe_open(tmp_path / "a.safetensors", "numpy") as file:
-        assert file.metadata()["version"] == "2"
+        assert file.metadata()["version"] == "3"
         assert file.get_slice("keys").get_dtype() == "BF16"
         assert not {"thresholds", "sparsities"} & set(file.keys())
 
@@ -300,7 +300,7 @@ def test_header(tmp_path, tree):
     save(tmp_path / "a", dataclasses.replace(tree, config=config), notes)
     header = read_header(tmp_path / "a")
     assert header.notes == notes
-    assert (header.version, header.config, header.num_keys) == (2, config, 20)
+    assert (header.version, header.config, header.num_keys) == (3, config, 20)
     assert (header.fingerprint, header.context_hash) == ("0123abcd", HASH.tobytes().hex())
     assert header.tensors["keys"].shape == (2, 2, 20, 4)
     assert header.tensors["keys"].dtype == np.float32
@@ -590,7 +590,7 @@ def test_newer_version(tmp_path, saved):
     sentence = refusal(tmp_path / "a")
     assert "is of version 12" in sentence
     assert sentence.endswith("upgrade squeezejax")
-    (tmp_path / "a").write_bytes(saved.replace(b'"version":"2"', b'"version":"3"'))
+    (tmp_path / "a").write_bytes(saved.replace(b'"version":"3"', b'"version":"4"'))
     assert "upgrade squeezejax (or it is altered" in refusal(tmp_path / "a")
 
 
