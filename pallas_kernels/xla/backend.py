@@ -138,7 +138,7 @@ def select(tree, rows, valid, group: int, layer, reading: Reading, context: str 
             return common_scale.select(tree, rows, valid, layer, log_T, context=context, **options)
         if reading.estimates:
             return estimated.select(tree, rows, valid, layer, reading)
-        return levelwise.select(tree, rows, valid, layer, reading.log_T, context=context)
+        return levelwise.select(tree, rows, valid, layer, reading.log_T_of_users(len(rows)), context=context)
 
 
 def _attend_found(tree, rows, found: Found, layer):

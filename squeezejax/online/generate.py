@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole
+from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole, on_device
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
+from squeezejax.online import buckets
 from squeezejax.online.attention import attend_user
-from squeezejax.online.reading import Estimate, dense_reading, reading_of
+from squeezejax.online.reading import Estimate, check_reading, dense_reading, reading_of
 from squeezejax.online.sampling import Sampling, check_users, log_probability, sample, sampling_of
 from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.tree import Tree
@@ -84,18 +85,19 @@ def generate(
     """Answers user input that follows the fixed context of `tree` (paper section 3; docs/method.md, Selection).
 
     tokens i32[B T] or i32[T]; `lengths` i32[B] for ragged, right-padded batches: every user gets the tokens that their
-    input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window) may be traced and
-    compiles nothing again. Greedy unless `temperature` > 0, which needs `key`: keys [B] are the users' own, and each
-    draws what it draws alone with its key; of one key, user b draws with `jax.random.fold_in(key, b)`. `temperature`,
-    `top_k` and `top_p` are one number, or [B]. A user is done after any of `stop_tokens` (ids, or [B n] for different
-    ones a user). `implementation`: None (the best, and dense attention where selecting cannot pay), "xla" or
-    "mosaic".
+    input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window), one number or [B],
+    may be traced and compiles nothing again. Greedy unless `temperature` > 0, which needs `key`: keys [B] are the
+    users' own, and each draws what it draws alone with its key; of one key, user b draws with
+    `jax.random.fold_in(key, b)`. `temperature`, `top_k` and `top_p` are one number, or [B]. A user is done after any of
+    `stop_tokens` (ids, or [B n] for different ones a user). `implementation`: None (the best, and dense attention where
+    selecting cannot pay), "xla" or "mosaic".
 
     `estimate`: what centroids are to tell of the keys that are not read, `Estimate(...)`; `missed_mass` of the answer
     then says how much that was.
 
     One jitted program from user tokens to generated tokens, with no host sync, usable under the caller's own `jit` and
-    `jax.export` (exporting.py shows how).
+    `jax.export` (exporting.py shows how). Outside of them the lengths of questions, max_new_tokens and the number of
+    stop tokens are rounded up by themselves (buckets.py), so that a few programs answer all questions.
     Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
     does not fit in memory.
     """
@@ -140,7 +142,8 @@ def prefill(
     """Reads user input and returns the state from which `decode` goes on.
 
     tokens, lengths, sparsity, estimate, implementation as for `generate`. `state` continues a conversation: the
-    tokens then follow what it holds. `capacity` is the room for later tokens, in tokens, beyond these (default 128).
+    tokens then follow what it holds. `capacity` is the least room for later tokens, in tokens, beyond these (default
+    128); outside `jit` it is rounded up (buckets.py).
     Raises ValueError as `generate` does, and for a state of another batch size.
     """
     check_model(params, tree)
@@ -148,16 +151,18 @@ def prefill(
     B, T = tokens.shape
     lengths = check_lengths(lengths, B, T)
     sharding.check_users(tree, B)
+    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    check_reading(reading, B)
     extra = DEFAULT_ROOM if capacity is None else check_whole("capacity", capacity)
     if state is None:
-        check_state_fits(params, tree, B, T + extra)
-        state = empty_state(params, tree, B, T + extra)
+        room = buckets.round_up(T + extra, buckets.ROOM)
+        check_state_fits(params, tree, B, room)
+        state = empty_state(params, tree, B, room)
     else:
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
-    return _prefill(params, tree, state, tokens, lengths, reading)
+    return _prefill(params, tree, state, _padded(tokens), lengths, reading)
 
 
 def decode(
@@ -186,8 +191,11 @@ def decode(
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
     check_users(sampling, state.lengths.shape[0])
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    check_reading(reading, state.lengths.shape[0])
     state = _with_room(state, num_tokens)
-    return _decode(params, tree, state, reading, sampling, num_tokens)
+    steps = buckets.round_up(num_tokens, buckets.ANSWER)
+    found, state = _decode(params, tree, state, reading, sampling, steps, on_device(num_tokens, jnp.int32))
+    return _first_tokens(found, num_tokens), state
 
 
 def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Sampling, max_new_tokens: int):
@@ -198,15 +206,33 @@ def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Samplin
     sharding.check_users(tree, tokens.shape[0])
     max_new_tokens = check_whole("max_new_tokens, the number of tokens to generate,", max_new_tokens, 1)
     check_users(sampling, tokens.shape[0])
-    check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
+    check_reading(reading, tokens.shape[0])
+    tokens, steps = _padded(tokens), buckets.round_up(max_new_tokens, buckets.ANSWER)
+    check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + steps)
+    limit = on_device(max_new_tokens, jnp.int32)
+    found = _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, steps, limit)
+    return _first_tokens(found, max_new_tokens)
+
+
+def _padded(tokens) -> jax.Array:
+    """Tokens i32[B T], of the host or a device, on the device and in the columns of their bucket."""
+    width = buckets.round_up(tokens.shape[1], buckets.QUESTION)
+    return on_device(buckets.pad_columns(tokens, width, fill=0), jnp.int32)
+
+
+def _first_tokens(found: Generation, num_tokens: int) -> Generation:
+    """What was generated, without the columns that its bucket has beyond num_tokens."""
+    if found.tokens.shape[1] == num_tokens:
+        return found
+    columns = {name: getattr(found, name) for name in ("tokens", "log_probabilities")}
+    return dataclasses.replace(found, **buckets.cut_columns(columns, num_tokens))
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
-def _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens) -> Generation:
+def _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens, limit) -> Generation:
     state = empty_state(params, tree, tokens.shape[0], tokens.shape[1] + num_tokens)
     state = _prefill(params, tree, state, tokens, lengths, reading)
-    return _decode(params, tree, state, reading, sampling, num_tokens)[0]
+    return _decode(params, tree, state, reading, sampling, num_tokens, limit)[0]
 
 
 @jax.jit
@@ -237,8 +263,8 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
-def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, num_tokens):
-    """Up to num_tokens tokens a user; the loop ends early when every user has stopped."""
+def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, num_tokens: int, limit):
+    """Up to limit i32[] of num_tokens tokens a user; the loop ends early when every user has stopped."""
     tree = sharding.local_numbers(tree)
     B = state.lengths.shape[0]
 
@@ -283,7 +309,7 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         missed=jnp.zeros(B, jnp.float32) if reading.estimates else None,
     )
     with jax.named_scope("decode"):
-        loop = jax.lax.while_loop(lambda loop: (loop.step < num_tokens) & jnp.any(loop.active), step, start)
+        loop = jax.lax.while_loop(lambda loop: (loop.step < limit) & jnp.any(loop.active), step, start)
     steps = jnp.maximum(loop.lengths, 1).astype(jnp.float32)
     done = Generation(
         # Steps that never ran are padding too: every user repeats its stop token.
@@ -370,8 +396,7 @@ def _with_room(state: State, num_tokens: int) -> State:
     missing = int(np.asarray(state.lengths).max()) + num_tokens - state.room
     if missing <= 0:
         return state
-    # Growing by whole blocks keeps the number of compiled shapes small.
-    rows = -(-missing // DEFAULT_ROOM) * DEFAULT_ROOM
+    rows = buckets.round_up(state.room + missing, buckets.ROOM) - state.room
     return dataclasses.replace(state, keys=_grow(state.keys, rows), values=_grow(state.values, rows))
 
 

@@ -15,6 +15,7 @@ from squeezejax.arguments import (
     on_device,
     raw_key_shape,
 )
+from squeezejax.online import buckets
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -29,7 +30,7 @@ class Sampling:
     temperature: jax.Array  # f32[] or [B]; ≤ 0 or NaN = greedy
     top_k: jax.Array | None  # i32[] or [B], keep the k most likely tokens; below 1 = 1
     top_p: jax.Array | None  # f32[] or [B], keep the fewest tokens whose probability reaches p; ≤ 0 or NaN = the first
-    stop_tokens: jax.Array  # i32[1 n] or [B n], ids after which a user is done
+    stop_tokens: jax.Array  # i32[1 n] or [B n], ids after which a user is done; −1 = none
 
 
 def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
@@ -55,7 +56,14 @@ def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
     if top_p is not None:
         wanted = "in (0, 1]"
         top_p = check_number("top_p", _known(top_p), np.finfo(np.float32).tiny, 1, wanted=wanted, per_user=True)
-    return Sampling(key, temperature_, top_k, top_p, check_stop_tokens(stop_tokens))
+    return Sampling(key, temperature_, top_k, top_p, _stop_tokens(stop_tokens))
+
+
+def _stop_tokens(stop_tokens) -> jax.Array:
+    """i32[1 n] or [B n], in the columns of their bucket: −1 is no token."""
+    found = check_stop_tokens(stop_tokens)
+    width = buckets.round_up(found.shape[1], buckets.STOP_TOKENS)
+    return on_device(buckets.pad_columns(found, width, fill=-1), jnp.int32)
 
 
 def _known(value):
