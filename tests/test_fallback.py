@@ -59,6 +59,12 @@ def test_rule_by_hand(tree, monkeypatch, read, sparsity, falls_back):
     assert falls_back or rule(sparsity)[0] == log_T[0]
 
 
+def test_every_user_falls_back_alone(tree, monkeypatch):
+    monkeypatch.setattr(fallback, "OVERHEAD", 0.0)
+    found = fallback.dense_if_cheaper(tree, np.array([0.3, 0.9, 1.0]), jnp.full((3, 1), -3.0))
+    np.testing.assert_array_equal(found, [[-np.inf], [-3.0], [-3.0]])
+
+
 def test_selection_attention_and_answers_say_so(tree):
     q = jax.random.normal(jax.random.key(3), (1, 3, K * G, H))
     k, v = jax.random.normal(jax.random.key(4), (2, 1, 3, K, H))

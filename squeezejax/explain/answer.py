@@ -146,7 +146,8 @@ def _read(params, tree: Tree, state: State, tokens, count, reading: Reading):
     counts = jnp.full(1, count, jnp.int32)
     x, cache, (kept, _), seen = forward(params, tree, state, tokens, counts, reading, observe=(nothing, see))
     logits = params.unembed(x[:, count - 1][:, None])[:, 0]
-    return State(cache[0], cache[1], state.lengths + counts, logits, kept), seen
+    after = {"keys": cache[0], "values": cache[1], "lengths": state.lengths + counts}
+    return dataclasses.replace(state, **after, logits=logits, kept_fraction=kept), seen
 
 
 def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:

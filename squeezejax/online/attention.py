@@ -33,6 +33,9 @@ def attend(
 ):
     """Attention of user tokens over kept keys ∪ sinks ∪ window ∪ user tokens so far (paper section 3.2).
 
+    Reverse-mode gradients reach q, k and v: which keys are kept is piecewise constant, and the tree is taken for one.
+    They are those of plain XLA on one device, and not of `Estimate(tail=True)`, where JAX refuses them.
+
     Args:
       tree: a calibrated tree, unless thresholds are given.
       q: [B T N H], consecutive user tokens of one layer, after RoPE. Every `tree.config.query_block` of them, counted
@@ -87,6 +90,7 @@ class LayerOutput(NamedTuple):
 
 def attend_user(tree: Tree, q, own: Own, layer, reading: Reading) -> LayerOutput:
     """`attend` with every argument resolved, q [B T N H], for a tree with `local_numbers`."""
+    tree, reading = jax.lax.stop_gradient((tree, reading))
     mesh = sharding.mesh_of(tree)
     if mesh is None:
         return _attend_here(tree, q, own, layer, reading)

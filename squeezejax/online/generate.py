@@ -19,7 +19,7 @@ from squeezejax.mesh import sharding
 from squeezejax.online import buckets
 from squeezejax.online.attention import attend_user
 from squeezejax.online.reading import Estimate, check_reading, dense_reading, reading_of
-from squeezejax.online.sampling import Sampling, check_users, log_probability, sample, sampling_of
+from squeezejax.online.sampling import Sampling, check_users, log_probability, penalized, sample, sampling_of
 from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.tree import Tree
 
@@ -36,6 +36,7 @@ class State:
     lengths: jax.Array  # i32[B], rows in use
     logits: jax.Array  # f32[B V], for the token that comes next
     kept_fraction: jax.Array  # f32[B], kept clustered keys / S of the prefill that came last
+    tokens: jax.Array  # i32[B T'], what the rows hold the keys of
 
     # Axes by attribute; what `squeezejax.shardings` splits a state by.
     AXES: ClassVar[dict[str, str]] = {
@@ -44,6 +45,7 @@ class State:
         "lengths": "B",
         "logits": "BV",
         "kept_fraction": "B",
+        "tokens": "BT",
     }
 
     @property
@@ -78,6 +80,7 @@ def generate(
     temperature=0.0,
     top_k=None,
     top_p=None,
+    repetition_penalty=None,
     key=None,
     stop_tokens=(),
     implementation: str | None = None,
@@ -88,7 +91,9 @@ def generate(
     input gives alone. `sparsity` (default the tree's; ≤ 0 keeps every key, ≥ 1 none but the window), one number or [B],
     may be traced and compiles nothing again. Greedy unless `temperature` > 0, which needs `key`: keys [B] are the
     users' own, and each draws what it draws alone with its key; of one key, user b draws with
-    `jax.random.fold_in(key, b)`. `temperature`, `top_k` and `top_p` are one number, or [B]. A user is done after any of
+    `jax.random.fold_in(key, b)`. `temperature`, `top_k`, `top_p` and
+    `repetition_penalty` are one number, or [B]; the last, as in transformers, divides the positive logits of tokens
+    that the user said or got before, and multiplies the negative ones. A user is done after any of
     `stop_tokens` (ids, or [B n] for different ones a user). `implementation`: None (the best, and dense attention where
     selecting cannot pay), "xla" or "mosaic".
 
@@ -102,7 +107,7 @@ def generate(
     does not fit in memory.
     """
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
-    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty)
     return _generate(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
 
 
@@ -117,13 +122,14 @@ def dense_generate(
     temperature=0.0,
     top_k=None,
     top_p=None,
+    repetition_penalty=None,
     key=None,
     stop_tokens=(),
     implementation: str | None = None,
 ) -> Generation:
     """`generate` with attention to every fixed key: the baseline, over the same cache. `sparsity` is ignored."""
     del sparsity
-    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty)
     return _generate(params, tree, tokens, lengths, dense_reading(implementation), sampling, max_new_tokens)
 
 
@@ -144,6 +150,7 @@ def prefill(
     tokens, lengths, sparsity, estimate, implementation as for `generate`. `state` continues a conversation: the
     tokens then follow what it holds. `capacity` is the least room for later tokens, in tokens, beyond these (default
     128); outside `jit` it is rounded up (buckets.py).
+    Reverse-mode gradients of the state's logits, keys and values reach `params`, as in `attend`.
     Raises ValueError as `generate` does, and for a state of another batch size.
     """
     check_model(params, tree)
@@ -176,6 +183,7 @@ def decode(
     temperature=0.0,
     top_k=None,
     top_p=None,
+    repetition_penalty=None,
     key=None,
     stop_tokens=(),
     implementation: str | None = None,
@@ -188,7 +196,7 @@ def decode(
     """
     check_model(params, tree)
     num_tokens = check_whole("the number of tokens to generate", num_tokens, 1)
-    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens)
+    sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty)
     check_users(sampling, state.lengths.shape[0])
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     check_reading(reading, state.lengths.shape[0])
@@ -245,7 +253,8 @@ def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> S
         logits = params.unembed(last)[:, 0]
     # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
     total = jnp.minimum(state.lengths + lengths, state.room)
-    return State(*cache, lengths=total, logits=logits, kept_fraction=kept)
+    said = _write_tokens(tree, state, tokens, lengths)
+    return State(*cache, lengths=total, logits=logits, kept_fraction=kept, tokens=said)
 
 
 class _Loop(NamedTuple):
@@ -260,6 +269,7 @@ class _Loop(NamedTuple):
     lengths: jax.Array  # i32[B], tokens generated
     kept: jax.Array  # f32[B], sum of kept fractions over steps
     missed: jax.Array | None  # f32[B], sum of missed masses over steps; None where nothing is estimated
+    said: jax.Array | None  # bool[B V], tokens that the state holds; None where no repetition is penalised
 
 
 @functools.partial(jax.jit, static_argnames="num_tokens")
@@ -271,11 +281,8 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
     def step(loop: _Loop) -> _Loop:
         state = loop.state
         active = loop.active & (state.lengths < state.room)
-        token = jnp.where(
-            active,
-            sample(state.logits, sampling, sampling.key, loop.step),
-            loop.newest,
-        )
+        logits = penalized(state.logits, loop.said, sampling.repetition_penalty)
+        token = jnp.where(active, sample(logits, sampling, sampling.key, loop.step), loop.newest)
         count = active.astype(jnp.int32)
         x, cache, shares = forward(params, tree, state, token[:, None], count, reading)
         add = lambda total, share: total + jnp.where(active, share, 0.0)
@@ -284,7 +291,13 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         stopped = jnp.any(token[:, None] == sampling.stop_tokens, axis=1)
         return _Loop(
             step=loop.step + 1,
-            state=State(cache[0], cache[1], state.lengths + count, logits, state.kept_fraction),
+            state=State(
+                *cache,
+                lengths=state.lengths + count,
+                logits=logits,
+                kept_fraction=state.kept_fraction,
+                tokens=_write_tokens(tree, state, token[:, None], count),
+            ),
             tokens=loop.tokens.at[:, loop.step].set(token),
             log_probabilities=loop.log_probabilities.at[:, loop.step].set(
                 jnp.where(active, log_probability(state.logits, token), 0.0)
@@ -294,6 +307,7 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
             lengths=loop.lengths + count,
             kept=kept,
             missed=missed,
+            said=None if loop.said is None else loop.said | _one_hot(token, logits.shape[1]),
         )
 
     zeros = jnp.zeros(B, jnp.int32)
@@ -307,6 +321,7 @@ def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, nu
         lengths=zeros,
         kept=jnp.zeros(B, jnp.float32),
         missed=jnp.zeros(B, jnp.float32) if reading.estimates else None,
+        said=None if sampling.repetition_penalty is None else _tokens_of(state),
     )
     with jax.named_scope("decode"):
         loop = jax.lax.while_loop(lambda loop: (loop.step < limit) & jnp.any(loop.active), step, start)
@@ -371,6 +386,36 @@ def _write(tree: Tree, cache, new, layer, slot):
     return sharding.map_shards(write_here, mesh, in_specs, of_cache)(cache, new, layer, slot)
 
 
+def _write_tokens(tree: Tree, state: State, tokens, counts):
+    """The state's tokens i32[B T'] with the first counts i32[B] of tokens i32[B T] after those that it holds."""
+
+    def write_here(said, tokens, lengths, counts):
+        user, token = jnp.arange(tokens.shape[0])[:, None], jnp.arange(tokens.shape[1])[None, :]
+        # Padding goes past the end, where the scatter drops it.
+        slot = jnp.where(token < counts[:, None], lengths[:, None] + token, said.shape[1])
+        return said.at[user, slot].set(tokens, mode="drop")
+
+    mesh = sharding.mesh_of(tree)
+    arguments = state.tokens, tokens, state.lengths, counts
+    if mesh is None:
+        return write_here(*arguments)
+    by_user, one = sharding.spec(mesh, "BT"), sharding.spec(mesh, "B")
+    return sharding.map_shards(write_here, mesh, (by_user, by_user, one, one), by_user)(*arguments)
+
+
+def _tokens_of(state: State):
+    """bool[B V]: the tokens that every user's rows hold."""
+    B, V = state.logits.shape
+    held = jnp.arange(state.room)[None, :] < state.lengths[:, None]
+    user = jnp.arange(B)[:, None]
+    return jnp.zeros((B, V), bool).at[user, jnp.where(held, state.tokens, V)].set(True, mode="drop")
+
+
+def _one_hot(tokens, V: int):
+    """bool[B V] of tokens i32[B]."""
+    return jnp.arange(V)[None, :] == tokens[:, None]
+
+
 # Also called from outside programs, where it is `jit` that makes every device hold its share alone; devices are known
 # from the arguments, used or not.
 @functools.partial(jax.jit, static_argnames=("B", "room"), keep_unused=True)
@@ -384,6 +429,7 @@ def empty_state(params, tree: Tree, B: int, room: int) -> State:
         lengths=jnp.zeros(B, jnp.int32),
         logits=jnp.zeros((B, config.vocab_size), jnp.float32),
         kept_fraction=jnp.zeros(B, jnp.float32),
+        tokens=jnp.zeros((B, room), jnp.int32),
     )
     return sharding.constrain(tree, state)
 
@@ -397,9 +443,11 @@ def _with_room(state: State, num_tokens: int) -> State:
     if missing <= 0:
         return state
     rows = buckets.round_up(state.room + missing, buckets.ROOM) - state.room
-    return dataclasses.replace(state, keys=_grow(state.keys, rows), values=_grow(state.values, rows))
+    return _grow(state, rows)
 
 
 @functools.partial(jax.jit, static_argnames="rows")  # an eager pad would send its zero to the device
-def _grow(cache, rows: int):
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, rows), (0, 0), (0, 0)))
+def _grow(state: State, rows: int) -> State:
+    """The state with so many more rows of room."""
+    widths = {name: [(0, rows if axis == "T" else 0) for axis in axes] for name, axes in State.AXES.items()}
+    return State(**{name: jnp.pad(getattr(state, name), width) for name, width in widths.items()})
