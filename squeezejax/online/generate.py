@@ -257,6 +257,11 @@ def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> S
     return State(*cache, lengths=total, logits=logits, kept_fraction=kept, tokens=said)
 
 
+def read_one(params, tree: Tree, state: State, tokens, reading: Reading) -> State:
+    """The state after one more token a user, i32[B], for which it has room: `decode` where somebody else draws."""
+    return _prefill(params, tree, state, tokens[:, None], on_device(np.ones(len(tokens)), jnp.int32), reading)
+
+
 class _Loop(NamedTuple):
     """What one decode step hands to the next."""
 
