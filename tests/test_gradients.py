@@ -18,8 +18,7 @@ from squeezejax import SqueezeConfig
 S, W, SINKS, T, OLD = 40, 6, 4, 5, 2
 CODES = SqueezeConfig(cluster_fractions=(0.3,), sinks=SINKS, observation_window=W, query_block=3, sparsity=0.6)
 PAPER = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=W, query_block=2, sparsity=0.6)
-FLAT = dataclasses.replace(PAPER, cluster_fractions=(0.3,), query_block=None)
-TREES = {"codes": (CODES, (12,)), "hierarchy": (PAPER, (4, 12)), "flat": (FLAT, (12,))}
+TREES = {"codes": (CODES, (12,)), "hierarchy": (PAPER, (4, 12))}
 RNG = np.random.default_rng(11)
 CONTEXT = RNG.integers(0, 31, SINKS + S + W)
 
@@ -29,10 +28,12 @@ def params():
     return oracle.make_model(sharpness=1.0)
 
 
-@pytest.fixture(scope="module", params=TREES)
-def tree(params, request):
-    config, clusters = TREES[request.param]
-    return oracle.model_tree(params, CONTEXT, config, clusters=clusters)
+@pytest.fixture(scope="module")
+def trees(params):
+    return {
+        name: oracle.model_tree(params, CONTEXT, config, clusters=clusters)
+        for name, (config, clusters) in TREES.items()
+    }
 
 
 def fixed_keys(tree, layer):
@@ -56,7 +57,7 @@ def dense(tree, q, k, v, layer, sparsity):
                 jnp.concatenate([x[head], w[layer, head], mine[:, head]])
                 for x, w, mine in zip(fixed, (tree.window_keys, tree.window_values), (k, v), strict=True)
             )
-            mask = jnp.concatenate([jnp.broadcast_to(kept[head], (len(part), S)), window, own], axis=1)
+            mask = jnp.concatenate([jnp.broadcast_to(kept[head], (len(part), tree.num_keys)), window, own], axis=1)
             scores = jnp.einsum("TGH,SH->TGS", part[:, head * G : (head + 1) * G], keys) / math.sqrt(q.shape[-1])
             scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
             lses.append(jax.nn.logsumexp(scores, axis=-1))
@@ -71,9 +72,10 @@ def weigh(results, seed: int = 0):
     return sum(jnp.sum(x * rng.normal(size=x.shape).astype(np.float32)) for x in results)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
-def test_attend(params, tree, sparsity):
-    """Of two users, one after earlier tokens of its own; by q, and the users' keys and values."""
+@pytest.mark.parametrize(("kind", "sparsity"), [("codes", 0.0), ("codes", 0.6), ("codes", 1.0), ("hierarchy", 0.6)])
+def test_attend(params, trees, kind, sparsity):
+    """Of two users after earlier tokens of theirs, by q, and by the users' keys and values."""
+    tree = trees[kind]
     H, N, K = params.config.head_dim, params.config.num_heads, params.config.num_kv_heads
     q, k, v = (
         jnp.asarray(RNG.normal(size=(2, length, heads, H)), jnp.float32)
@@ -95,8 +97,9 @@ def test_attend(params, tree, sparsity):
         check_grads(ours, (q, k, v), order=1, modes=["rev"], atol=0.05, rtol=0.05, eps=1e-3)
 
 
-def test_prefill(params, tree):
-    """Of the logits after a question, by every weight; a second turn follows a first one."""
+def test_prefill(params, trees):
+    """Of the logits after a second turn, by every weight."""
+    tree = trees["codes"]
     first, second = np.array([[3, 1, 4]]), np.array([[1, 5, 9, 2, 6]])
     options = {"sparsity": 0.6, "implementation": "xla"}
 
@@ -127,7 +130,8 @@ def test_prefill(params, tree):
         np.testing.assert_allclose(ours, leaf, atol=2e-3 * scale, err_msg=str(path))
 
 
-def test_nothing_flows_to_the_tree_and_the_sparsity(params, tree):
+def test_nothing_flows_to_the_tree_and_the_sparsity(params, trees):
+    tree = trees["codes"]
     q = jnp.ones((1, 2, params.config.num_heads, params.config.head_dim))
     k = jnp.ones((1, 2, params.config.num_kv_heads, params.config.head_dim))
 
