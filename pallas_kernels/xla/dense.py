@@ -1,10 +1,12 @@
 """Dense attention in plain XLA: causal over whole sequences, causal over a cache, and over every row of a layer."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels.interface import KeysValues
 from squeezejax.pallas_kernels.layout import from_lanes, split_heads, to_lanes
 from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over, partial_attention
 
@@ -41,64 +43,72 @@ def attend_cached(q, k, v, start, *, before=None, chunk: int = 512):
     rows = to_lanes(split_heads(q, K))[0]
     rows = (rows.astype(jnp.float32) / math.sqrt(H)).astype(q.dtype)
     row = jnp.repeat(start + jnp.arange(T), N // K)
-    num_chunks = (start + T + chunk - 1) // chunk
 
-    def one_head(head):
-        q, k, v, state = head
+    def one_head(operands):
+        q, head, state = operands
 
-        def step(i, state: Softmax) -> Softmax:
+        def step(i, state: Softmax, *, masked: bool) -> Softmax:
             # The last chunk is moved back to end with the cache; rows already seen are masked.
             first = jnp.minimum(i * chunk, R - chunk)
-            column = first + jnp.arange(chunk)
-            mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
-            k_here, v_here = (jax.lax.dynamic_slice_in_dim(cache, first, chunk).astype(q.dtype) for cache in (k, v))
+            take = lambda cache: jax.lax.dynamic_slice(cache, (0, first, head, 0), (1, chunk, 1, H))[0, :, 0]
+            k_here, v_here = (read_rows(take, cache, i).astype(q.dtype) for cache in (k, v))
             scores = jnp.einsum("MH,JH->MJ", q, k_here, preferred_element_type=jnp.float32)
-            return state.add_scores(jnp.where(mask, scores, MASKED), v_here)
+            if masked:
+                column = first + jnp.arange(chunk)
+                mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
+                scores = jnp.where(mask, scores, MASKED)
+            return state.add_scores(scores, v_here)
 
-        return jax.lax.fori_loop(0, num_chunks, step, state).end()
+        # Chunks that every token of q sees whole need no mask; on a CPU it costs as much as a product.
+        whole, all_chunks = start // chunk, (start + T + chunk - 1) // chunk
+        state = jax.lax.fori_loop(0, whole, functools.partial(step, masked=False), state)
+        return jax.lax.fori_loop(whole, all_chunks, functools.partial(step, masked=True), state).end()
 
     if before is None:
         state = Softmax.start(K, rows.shape[1], H)
     else:
         out, lse = (to_lanes(x)[0] for x in before)
         state = Softmax(lse, jnp.where(lse > MASKED, 1.0, 0.0), out)
-    by_head = lambda cache: jnp.swapaxes(cache[0], 0, 1)
-    out, _ = map_over(one_head, (rows, by_head(k), by_head(v), state))
+    out, _ = map_over(one_head, (rows, jnp.arange(K), state))
     return from_lanes(out[None], N // K).reshape(1, T, N, H)
 
 
-def attend_all(q, keys, values, valid, layer, *, chunk: int = 512):
+def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
     """Dense attention over every valid row of one layer -> (out f32[B K M H], lse f32[B K M]).
 
-    q [B K M H]; keys, values [L K R H]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
+    q [B K M H]; cache, leading axes [L K]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
     """
     B, K, M, H = q.shape
-    R = keys.shape[2]
+    R = cache.keys.shape[2]
     chunk = min(chunk, R)
     q = q.transpose(1, 0, 2, 3).reshape(K, B * M, H)
 
     def step(i, state: Softmax) -> Softmax:
         # The last chunk is moved back to end with the cache; rows already seen are masked.
         first = jnp.minimum(i * chunk, R - chunk)
-        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]
+        take = lambda array: jax.lax.dynamic_slice(array, (layer, 0, first, 0), (1, K, chunk, H))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
-        k, v = (read_rows(take, cache, i).astype(q.dtype) for cache in (keys, values))
-        return state.add(q, k, v, mask)
+        rows = read_rows(take, cache, i)
+        return state.add(q, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
 
     out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 
 
-def read_rows(take, cache, step):
-    """take(cache), rows of a cache, inside a loop that counts `step`."""
-    if cache.dtype.itemsize != 2:
-        return take(cache)
+def read_rows(take, cache: KeysValues, step) -> KeysValues:
+    """Some rows of a cache, inside a loop that counts `step`; take(array) gives those of an array [… R H]."""
+    return jax.tree.map(lambda array: _read_array(take, array, step), cache)
 
-    def as_integers(cache):
+
+def _read_array(take, array, step):
+    if array.dtype.itemsize != 2:
+        return take(array)
+
+    def as_integers(array):
         # Before JAX 0.11 XLA's CPU backend widens all of a 16-bit float cache before the loop that reads rows of it, at
         # many times the cost of the loop. It leaves integers alone, and the barrier keeps it from making them early.
-        cache, _ = jax.lax.optimization_barrier((cache, step))
-        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(cache, jnp.uint16)), cache.dtype)
+        array, _ = jax.lax.optimization_barrier((array, step))
+        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(array, jnp.uint16)), array.dtype)
 
-    return jax.lax.platform_dependent(cache, cpu=as_integers, default=take)
+    return jax.lax.platform_dependent(array, cpu=as_integers, default=take)
