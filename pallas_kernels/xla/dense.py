@@ -90,20 +90,20 @@ def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
         take = lambda array: jax.lax.dynamic_slice(array, at(array), (1, K, chunk, *array.shape[3:]))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
-        return state.add(q, read_rows(take, cache, i, q.dtype), mask)
+        return state.add(q, read_rows(take, cache, i), mask)
 
+    # Gradients then need no scores: each chunk's are computed anew.
+    step = jax.checkpoint(step)
     out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 
 
-def read_rows(take, cache: KeysValues, step, dtype) -> KeysValues:
-    """Some rows of a cache in a dtype, their scales in float32, inside a loop that counts `step`.
+def read_rows(take, cache: KeysValues, step) -> KeysValues:
+    """Some rows of a cache, as it holds them, inside a loop that counts `step`.
 
-    take(array) gives the rows of an array [… R] or [… R H]. Only what it gives is widened.
+    take(array) gives the rows of an array [… R] or [… R H].
     """
-    rows = jax.tree.map(lambda array: _read_array(take, array, step), cache)
-    scales = (x if x is None else x.astype(jnp.float32) for x in (rows.key_scales, rows.value_scales))
-    return KeysValues(rows.keys.astype(dtype), rows.values.astype(dtype), *scales)
+    return jax.tree.map(lambda array: _read_array(take, array, step), cache)
 
 
 def _read_array(take, array, step):

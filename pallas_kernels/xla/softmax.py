@@ -73,18 +73,18 @@ class Softmax(NamedTuple):
         return cls(jnp.full((U, M), MASKED, jnp.float32), zeros(U, M), zeros(U, M, H))
 
     def add(self, q, rows: KeysValues, mask) -> "Softmax":
-        """With rows, leading axes [U J], where mask bool[U J], for queries q [U M H]."""
-        v = rows.values
-        scores = jnp.einsum("UMH,UJH->UMJ", q, rows.keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-        if rows.key_scales is not None:
-            scores *= rows.key_scales[:, None, :]
+        """With rows, leading axes [U J], where mask bool[U J], for queries q [U M H], in whose dtype they are read."""
+        k, v = rows.keys.astype(q.dtype), rows.values.astype(q.dtype)
+        scores = jnp.einsum("UMH,UJH->UMJ", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+        if rows.key_scales is not None:  # cheaper than on keys, and exact also where q has 16 bits
+            scores *= rows.key_scales.astype(jnp.float32)[:, None, :]
         scores = jnp.where(mask[:, None, :], scores, MASKED)
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
         weights = jnp.where(mask[:, None, :], jnp.exp(scores - top[:, :, None]), 0.0)
         keep = jnp.exp(self.top - top)
         total = self.total * keep + jnp.sum(weights, axis=-1)
         if rows.value_scales is not None:
-            weights *= rows.value_scales[:, None, :]
+            weights *= rows.value_scales.astype(jnp.float32)[:, None, :]
         out = jnp.einsum("UMJ,UJH->UMH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return Softmax(top, total, self.out * keep[:, :, None] + out)
 
