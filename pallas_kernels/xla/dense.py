@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from squeezejax.pallas_kernels.keys_values import KeysValues
 from squeezejax.pallas_kernels.layout import from_lanes, split_heads, to_lanes
 from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over, partial_attention
+
+AnyRows = TypeVar("AnyRows")
 
 
 def causal_attention(q, k, v, *, block: int = 256):
@@ -98,8 +101,8 @@ def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 
 
-def read_rows(take, cache: KeysValues, step) -> KeysValues:
-    """Some rows of a cache, as it holds them, inside a loop that counts `step`.
+def read_rows(take, cache: AnyRows, step) -> AnyRows:
+    """Some rows of a cache, or of one array, as it holds them, inside a loop that counts `step`.
 
     take(array) gives the rows of an array [… R] or [… R H].
     """
