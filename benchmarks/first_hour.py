@@ -7,6 +7,7 @@ Run it on a machine that does nothing else.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from benchmarks.reading import Worker
 from benchmarks.real import texts
 from benchmarks.real.model import directory
 from benchmarks.timing import machine
+from squeezejax.chat import prompts
 
 QUESTION = "\nIn one sentence: what is the text about?"
 NEW_TOKENS = 64  # of an answer
@@ -157,14 +159,15 @@ def _process(name: str, model: Path, options, tokens: int) -> list[str]:
 
 def _build(model: Path, options):
     """The process that makes a tree, and prints what it took."""
-    import squeezejax
-    from squeezejax import models
+    from squeezejax import models, text
 
-    tokens = options.tokens[0]
-    text, kinds, started = _ids(model, options, tokens), {}, time.perf_counter()
-    tree = squeezejax.squeeze(models.load(model), text, progress=lambda told: kinds.update(told.seconds))
+    tokens, kinds = options.tokens[0], {}
+    tokenizer = prompts.load_tokenizer(model)
+    context = prompts.decode(tokenizer, _ids(tokenizer, options, tokens))
+    started = time.perf_counter()
+    document = text.build(models.load(model), tokenizer, context, progress=lambda told: kinds.update(told.seconds))
     writing = time.perf_counter()
-    squeezejax.save(_tree(options, tokens), tree)
+    text.save(_tree(options, tokens), document)
     kinds["writing"] = time.perf_counter() - writing
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"seconds": time.perf_counter() - started, "kinds": kinds, "peak": peak}
@@ -194,7 +197,7 @@ def _ours(model: Path, options):
 
     params = models.load(model)
     tree = squeezejax.load(_tree(options, options.tokens[0]), params)
-    question = jnp.asarray([_tokenizer(model)(QUESTION, add_special_tokens=False).input_ids])
+    question = jnp.asarray([prompts.encode(prompts.load_tokenizer(model), QUESTION)])
     answer = {
         "dense": lambda: squeezejax.dense_generate(params, tree, question, max_new_tokens=NEW_TOKENS),
         "squeezed": lambda: squeezejax.generate(
@@ -211,8 +214,8 @@ def _theirs(model: Path, options):
 
     torch.set_num_threads(options.threads)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    text = torch.tensor([_ids(model, options, options.tokens[0])])
-    question = torch.tensor([_tokenizer(model)(QUESTION, add_special_tokens=False).input_ids])
+    text = torch.tensor([_ids(prompts.load_tokenizer(model), options, options.tokens[0])])
+    question = torch.tensor([prompts.encode(prompts.load_tokenizer(model), QUESTION)])
     cache = None
 
     def read():
@@ -239,15 +242,8 @@ def _serve(calls: dict):
 PROCESSES = {"build": _build, "ours": _ours, "theirs": _theirs}
 
 
-def _tokenizer(model: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
-
-
-def _ids(model: Path, options, tokens: int) -> list[int]:
-    tokenizer = _tokenizer(model)
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+def _ids(tokenizer, options, tokens: int) -> list[int]:
+    encode = functools.partial(prompts.encode, tokenizer)
     text = texts.read(options.texts, encode) if options.texts else texts.language_reference(encode)
     return text.stretch(0, tokens)
 
