@@ -118,7 +118,7 @@ def _measure_ask(model: Path, options, tokens: int) -> dict:
         command = [sys.executable, "-m", "squeezejax", "ask", "--tree", str(_tree(options, tokens))]
         command += ["--model", str(model), "--max-new-tokens", str(NEW_TOKENS), QUESTION.strip()]
         cold, warm = (_ask(command, os.environ | {"XDG_CACHE_HOME": cache}) for _ in range(2))
-    return {"cold": cold, "warm": warm, "peak": warm.pop("peak"), "planned": _planned(model, tokens).answering}
+    return {"cold": cold, "warm": warm, "peak": warm.pop("peak"), "planned": _planned(model, tokens).resident_answering}
 
 
 def _ask(command: list[str], environment) -> dict:
@@ -172,7 +172,7 @@ def _build(model: Path, options):
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"seconds": time.perf_counter() - started, "kinds": kinds, "peak": peak}
     found["file"] = _tree(options, tokens).stat().st_size
-    print(json.dumps(found | {"planned": _planned(model, tokens).build_peak}))
+    print(json.dumps(found | {"planned": _planned(model, tokens).resident_building}))
 
 
 def _planned(model: Path, tokens: int):
