@@ -60,6 +60,12 @@ def test_rule_by_hand(tree, monkeypatch, read, sparsity, falls_back):
     assert falls_back or rule(sparsity)[0] == log_T[0]
 
 
+def test_every_user_falls_back_alone(tree, monkeypatch):
+    monkeypatch.setattr(fallback, "OVERHEAD", 0.0)
+    found = fallback.dense_if_cheaper(tree, np.array([0.3, 0.9, 1.0]), jnp.full((3, 1), -3.0))
+    np.testing.assert_array_equal(found, [[-np.inf], [-3.0], [-3.0]])
+
+
 def test_why_dense(tree, monkeypatch):
     why = fallback.why_dense(tree, 0.9, None)
     assert why.startswith("in a text of 60 keys, at sparsity 0.9, choosing keys would take longer")
