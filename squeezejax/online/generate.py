@@ -262,6 +262,13 @@ def read_one(params, tree: Tree, state: State, tokens, reading: Reading) -> Stat
     return _prefill(params, tree, state, tokens[:, None], on_device(np.ones(len(tokens)), jnp.int32), reading)
 
 
+@jax.jit
+def draw(state: State, sampling: Sampling, step) -> jax.Array:
+    """Token `step` of the users' replies, i32[B], after what the state holds: what `decode` would draw then."""
+    said = None if sampling.repetition_penalty is None else _tokens_of(state)
+    return sample(penalized(state.logits, said, sampling.repetition_penalty), sampling, sampling.key, step)
+
+
 class _Loop(NamedTuple):
     """What one decode step hands to the next."""
 
