@@ -309,8 +309,8 @@ def test_generate_under_a_transfer_guard(params, tree):
 
 
 WIDE = """
-import jax, jax.numpy as jnp, numpy as np, oracle, squeezejax
-from squeezejax import SqueezeConfig, dense_generate, generate, squeeze
+import jax, jax.numpy as jnp, numpy as np, oracle
+from squeezejax import SqueezeConfig, generate, squeeze
 assert jax.config.jax_enable_x64
 params = oracle.make_model()
 config = SqueezeConfig(cluster_fractions=(0.1, 0.3), observation_window=4, kmeans_iterations=1)
@@ -318,27 +318,8 @@ tree = squeeze(params, np.random.default_rng(0).integers(0, 31, 40), config)
 options = {"temperature": 1.0, "key": jax.random.key(0), "top_k": 5, "top_p": 0.9, "stop_tokens": [3]}
 found = generate(params, tree, [[1, 2, 3]], max_new_tokens=4, implementation="xla", **options)
 generate(params, tree, [[1, 2, 3]], max_new_tokens=4)
-
-q, k = (jnp.zeros((2, 3, heads, 6), jnp.float32) for heads in (params.config.num_heads, params.config.num_kv_heads))
-options = {"sparsity": [0.5, 0.9], "implementation": "xla"}
-
-
-def every_other_way(params, tree, tokens):  # traced only: what dtypes come of it
-    attend = lambda q: squeezejax.attend(tree, q, k, k, layer=1, **options)
-    state = squeezejax.prefill(params, tree, tokens, **options)
-    state = squeezejax.prefill(params, tree, tokens, state=state, capacity=0, lengths=[1, 3], **options)
-    said = squeezejax.decode(params, tree, state, 4, repetition_penalty=1.2, **options)
-    estimated = generate(params, tree, tokens, max_new_tokens=4, estimate=squeezejax.Estimate(min_mass=0.9))
-    gradients = jax.grad(lambda q: sum(jnp.sum(x) for x in attend(q)))(q)
-    chosen = squeezejax.select(tree, q[0], layer=0, sparsity=0.5)
-    return said, estimated, attend(q), gradients, chosen, chosen.num_kept(tree), dense_generate(params, tree, tokens)
-
-
-paper = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=4, query_block=2, kmeans_iterations=1)
-other = oracle.model_tree(params, np.random.default_rng(0).integers(0, 31, 40), paper)
-found = [found] + [jax.eval_shape(every_other_way, params, t, np.ones((2, 3), int)) for t in (tree, other)]
 for leaf in jax.tree.leaves((tree, found)):
-    assert leaf.dtype.itemsize <= 4 or leaf.dtype == jax.random.key(0).dtype, leaf.dtype
+    assert leaf.dtype.itemsize <= 4, leaf.dtype
 """
 
 

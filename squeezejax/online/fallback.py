@@ -44,6 +44,17 @@ def _dense_if_cheaper(sparsity, log_T, fixed, by_list: float):
     return jnp.where((fixed + by_list * kept >= 1) & (kept > 0), -jnp.inf, log_T)
 
 
+def falls_back(tree: Tree, sparsity, B: int = 1) -> jax.Array:
+    """Whether `dense_if_cheaper` does it, bool[B]; not where every key was asked for, at sparsity 0 and below."""
+    nothing = on_device(np.zeros(1), jnp.float32)  # thresholds of one level: only the rule's word is wanted
+    return _falls_back(check_number("sparsity", sparsity, per_user=True), dense_if_cheaper(tree, sparsity, nothing), B)
+
+
+@functools.partial(jax.jit, static_argnames="B")
+def _falls_back(sparsity, log_T, B: int):
+    return jnp.broadcast_to((sparsity > 0) & (log_T[..., 0] == -jnp.inf), B)
+
+
 def why_dense(tree: Tree, sparsity: float, implementation: str | None) -> str | None:
     """Why a request reads every key, in a sentence's words; None where keys are chosen.
 
@@ -51,7 +62,7 @@ def why_dense(tree: Tree, sparsity: float, implementation: str | None) -> str | 
     """
     if sparsity <= 0:
         return f"sparsity {sparsity:g} was asked for"
-    if implementation is not None or np.all(np.asarray(dense_if_cheaper(tree, sparsity, np.zeros(1, np.float32))) == 0):
+    if implementation is not None or not np.asarray(falls_back(tree, sparsity)):
         return None
     return (
         f"in a text of {tree.num_keys:,} keys, at sparsity {sparsity:g}, choosing keys would take longer than reading "

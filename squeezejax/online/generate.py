@@ -18,7 +18,7 @@ from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
 from squeezejax.online import buckets
 from squeezejax.online.attention import attend_user
-from squeezejax.online.reading import Estimate, check_reading, dense_reading, reading_of
+from squeezejax.online.reading import Estimate, check_reading, dense_reading, fell_back, reading_of
 from squeezejax.online.sampling import Sampling, check_users, log_probability, penalized, sample, sampling_of
 from squeezejax.pallas_kernels.interface import Own, Reading
 from squeezejax.tree import Tree
@@ -66,6 +66,14 @@ class Generation:
     log_probabilities: jax.Array  # f32[B n], of each token by the model, before temperature, top-k and top-p; then 0
     missed_mass: jax.Array | None = None  # f32[B], estimated attention to keys not kept, of all attention; mean over
     # layers, heads and decode steps (estimate.py); None without an `Estimate`
+    fell_back: jax.Array | None = None  # bool[B]: keys were to be chosen, and all were read, since that is faster
+    # (fallback.py); None where this was not for the library to decide
+
+    @property
+    def dense_because(self) -> str | None:
+        """Why every key was read though a sparsity was asked for; None where keys were chosen. Waits for the device."""
+        fell_back = self.fell_back is not None and bool(np.any(np.asarray(self.fell_back)))
+        return "choosing keys would take longer than reading all" if fell_back else None
 
 
 def generate(
@@ -106,9 +114,11 @@ def generate(
     Raises ValueError for a tree of another model or not calibrated, for arguments out of range, and for what surely
     does not fit in memory.
     """
-    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    options = {"sparsity": sparsity, "estimate": estimate, "implementation": implementation}
+    reading = reading_of(tree, **options)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty)
-    return _generate(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
+    found = _generate(params, tree, tokens, lengths, reading, sampling, max_new_tokens)
+    return dataclasses.replace(found, fell_back=fell_back(tree, len(found.lengths), **options))
 
 
 def dense_generate(
@@ -198,11 +208,13 @@ def decode(
     num_tokens = check_whole("the number of tokens to generate", num_tokens, 1)
     sampling = sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty)
     check_users(sampling, state.lengths.shape[0])
-    reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    options = {"sparsity": sparsity, "estimate": estimate, "implementation": implementation}
+    reading = reading_of(tree, **options)
     check_reading(reading, state.lengths.shape[0])
     state = _with_room(state, num_tokens)
     steps = buckets.round_up(num_tokens, buckets.ANSWER)
     found, state = _decode(params, tree, state, reading, sampling, steps, on_device(num_tokens, jnp.int32))
+    found = dataclasses.replace(found, fell_back=fell_back(tree, len(found.lengths), **options))
     return _first_tokens(found, num_tokens), state
 
 
@@ -260,6 +272,13 @@ def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> S
 def read_one(params, tree: Tree, state: State, tokens, reading: Reading) -> State:
     """The state after one more token a user, i32[B], for which it has room: `decode` where somebody else draws."""
     return _prefill(params, tree, state, tokens[:, None], on_device(np.ones(len(tokens)), jnp.int32), reading)
+
+
+@jax.jit
+def draw(state: State, sampling: Sampling, step) -> jax.Array:
+    """Token `step` of the users' replies, i32[B], after what the state holds: what `decode` would draw then."""
+    said = None if sampling.repetition_penalty is None else _tokens_of(state)
+    return sample(penalized(state.logits, said, sampling.repetition_penalty), sampling, sampling.key, step)
 
 
 class _Loop(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from squeezejax.arguments import check_number, on_device
 from squeezejax.offline.thresholds import block_log_thresholds
 from squeezejax.offline.thresholds import log_thresholds as log_thresholds_at
-from squeezejax.online.fallback import dense_if_cheaper
+from squeezejax.online.fallback import dense_if_cheaper, falls_back
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.tree import Tree
@@ -86,6 +86,13 @@ def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None 
     if log_T.ndim not in (1, 2) or log_T.shape[-1] != wanted:
         raise ValueError(f"log_thresholds must be f32[{wanted}], one a level, or [B {wanted}], got shape {log_T.shape}")
     return log_T, None
+
+
+def fell_back(tree: Tree, B: int, *, sparsity, estimate, implementation) -> jax.Array | None:
+    """Whether `reading_of` turns a sparsity into dense attention, bool[B]; None where it never does."""
+    if implementation is not None or (estimate is not None and estimate.min_mass is not None):
+        return None
+    return falls_back(tree, tree.config.sparsity if sparsity is None else sparsity, B)
 
 
 def check_reading(reading: Reading, B: int):

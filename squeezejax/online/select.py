@@ -33,7 +33,7 @@ class Selection:
 
     def num_kept(self, tree: Tree) -> jax.Array:
         """i32[K]: keys kept by each key/value head."""
-        return jnp.sum(self.rows & (tree.order[self.layer] >= 0), axis=-1)
+        return jnp.sum(self.rows & (tree.order[self.layer] >= 0), axis=-1, dtype=jnp.int32)
 
 
 def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selection:
