@@ -18,7 +18,7 @@ def random_cache(rng, shape, dtype):
 
 
 def random_tree(rng, fractions, K, G, H, S, W, L, dtype):
-    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=fractions, observation_window=W)
     keys, values = (random_cache(rng, (L, K, S + W, H), dtype) for _ in range(2))
     clusters = config.num_clusters(S)  # labels at random: K-means would take longer to compile than the kernels
     labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
@@ -54,7 +54,7 @@ def attend_hierarchical():
 
 def equal_keys():
     """All scores tie with the threshold: only the window is kept, to the last bit (docs/method.md, Numerical traps)."""
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.2,), observation_window=8)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=8)
     keys = jnp.ones((1, 2, 400 + 8, 64), jnp.bfloat16)
     values = random_cache(np.random.default_rng(0), keys.shape, "bfloat16")
     labels = (np.tile(np.arange(400) % 80, (1, 2, 1)),)
