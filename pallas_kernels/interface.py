@@ -48,6 +48,15 @@ class Reading:
         return self.tail or self.missed_mass or self.min_mass is not None
 
 
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of the fixed context, row by row: the clustered ones, or those that are always read."""
+
+    keys: jax.Array  # [… R H], after RoPE; leading axes L K in a tree, K in one of its layers
+    values: jax.Array  # [… R H]
+
+
 class Own(NamedTuple):
     """One layer of the users' own tokens: a cache with room, in which the queries' own rows are already written."""
 

@@ -20,7 +20,7 @@ from squeezejax.offline.build import build_layer, check_context_length, clusteri
 from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
 from squeezejax.online.generate import empty_state
-from squeezejax.tree import Level, Tree
+from squeezejax.tree import Level, Tree, stack_layers
 
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
 # unit rows, rows by cluster, their sums, …, as compiled on a CPU.
@@ -150,20 +150,18 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
     model, dtype = params.config, dtype_of(params)
     rows = jax.ShapeDtypeStruct((model.num_kv_heads, num_tokens, model.head_dim), dtype)
     layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering_of(config)), rows, rows)
-    stacked = lambda shape, dtype: jax.ShapeDtypeStruct((model.num_layers, *shape), dtype)
-    divided = lambda leaf: stacked((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
-    whole = lambda leaf: stacked(leaf.shape, leaf.dtype)
 
-    def divided_level(level: Level) -> Level:
-        offset = None if level.offset is None else whole(level.offset)  # of a head, not of a cluster
-        return dataclasses.replace(jax.tree.map(divided, dataclasses.replace(level, offset=None)), offset=offset)
+    def divide(leaf):  # [K R …] or [K C …]
+        return jax.ShapeDtypeStruct((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
 
-    tree = dataclasses.replace(
-        jax.tree.map(whole, layer),
-        **jax.tree.map(divided, layer.row_arrays()),
-        levels=tuple(map(divided_level, layer.levels)),
-        parts=parts,
+    def divide_level(level: Level) -> Level:  # `offset` is of a head, not of a cluster
+        return dataclasses.replace(jax.tree.map(divide, dataclasses.replace(level, offset=None)), offset=level.offset)
+
+    layer = dataclasses.replace(
+        layer, **jax.tree.map(divide, layer.row_arrays()), levels=tuple(map(divide_level, layer.levels)), parts=parts
     )
+    stack = lambda leaves: jax.ShapeDtypeStruct((model.num_layers, *leaves[0].shape), leaves[0].dtype)
+    tree = stack_layers([layer], stack)
     clusters = math.prod(tree.levels[-1].counts.shape)
     ours = config.score == "variance"
     # The paper's flat table of thresholds holds its steps beside the grid; see `levelwise.table`.

@@ -15,11 +15,14 @@ run of rows: `starts` and `counts` say which. Readers use these two and `order`,
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from squeezejax.config import SqueezeConfig
+from squeezejax.pallas_kernels.interface import KeysValues
 
 
 def _static(**kwargs):
@@ -29,7 +32,10 @@ def _static(**kwargs):
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """The clusters of one level of the hierarchy; a cluster with count 0 is dead and masked everywhere."""
+    """The clusters of one level of the hierarchy; a cluster with count 0 is dead and masked everywhere.
+
+    Shapes are those in a `Tree`; in a `TreeLayer` the axis L is absent.
+    """
 
     # Means of the raw keys after RoPE: f32 or bf16[L K C H], or, in 8 or 4 bits (codes.py), None and the three below.
     centroids: jax.Array | None
@@ -47,22 +53,66 @@ class Level:
     value_centroids: jax.Array | None = None  # f32[L K C H], means of the values, for the tail estimate (estimate.py)
 
 
+class _Arrays:
+    """What a tree and one of its layers can be asked for alike."""
+
+    keys: jax.Array
+    values: jax.Array
+    window_keys: jax.Array
+    window_values: jax.Array
+
+    @property
+    def cache(self) -> KeysValues:
+        """The clustered keys and values as one object, which is what attention is handed."""
+        return KeysValues(self.keys, self.values)
+
+    @property
+    def window(self) -> KeysValues:
+        """What is always read: sinks, then the window."""
+        return KeysValues(self.window_keys, self.window_values)
+
+    def row_arrays(self) -> dict[str, jax.Array]:
+        """The arrays with an axis of rows, by name: keys, values, order, and the codes of keys where there are any."""
+        arrays = {name: getattr(self, name) for name in ("keys", "values", "order", "key_codes", "key_steps")}
+        return {name: x for name, x in arrays.items() if x is not None}
+
+
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
-class Tree:
+class TreeLayer(_Arrays):
+    """One layer of a tree that is being built: clustered and rounded, not calibrated. Fields are named as in `Tree`."""
+
+    keys: jax.Array  # [K R H]
+    values: jax.Array  # [K R H]
+    order: jax.Array  # i32[K R]
+    window_keys: jax.Array  # [K sinks+W H]
+    window_values: jax.Array  # [K sinks+W H]
+    levels: tuple[Level, ...]  # coarse → fine, arrays [K C …]
+    config: SqueezeConfig = _static()
+    num_keys: int = _static()
+    key_codes: jax.Array | None = None  # u8[K R bits·H/8]
+    key_steps: jax.Array | None = None  # bf16[K R]
+    parts: int = _static(default=1)
+
+    AXES: ClassVar[dict[str, str]]  # those of a tree, without L: at the end of this file
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Tree(_Arrays):
     """A squeezed fixed context: all that answering questions about it needs, besides the model."""
 
-    keys: jax.Array  # [L K S' H], after RoPE, in cluster order
-    values: jax.Array  # [L K S' H]
-    order: jax.Array  # i32[L K S'], position in the context of each row; −1 = padding
+    keys: jax.Array  # [L K R H], after RoPE, in cluster order; R rows, at least S
+    values: jax.Array  # [L K R H]
+    order: jax.Array  # i32[L K R], position in the context of each row; −1 = padding
     window_keys: jax.Array  # [L K sinks+W H], what is always read: the first tokens, then the last
     window_values: jax.Array  # [L K sinks+W H]
     levels: tuple[Level, ...]  # coarse → fine
     config: SqueezeConfig = _static()
     num_keys: int = _static()  # S; rows may be more, by padding
     # Codes of single keys (codes.py), turned and less their cluster's rounded centroid; None without.
-    key_codes: jax.Array | None = None  # u8[L K S' bits·H/8]
-    key_steps: jax.Array | None = None  # bf16[L K S']
+    key_codes: jax.Array | None = None  # u8[L K R bits·H/8]
+    key_steps: jax.Array | None = None  # bf16[L K R]
     # Score "variance": log of the true denominator ≈ a + b · log of that estimated from clusters, a query head; (a, b).
     denominators: jax.Array | None = None  # f32[L K G 2]; None = not calibrated, 0 and 1
     fingerprint: str | None = _static(default=None)  # of the model that made it; None = unknown
@@ -76,7 +126,7 @@ class Tree:
     # appended: of the hash so far and the part's); a leaf, so that another document compiles nothing again
     parts: int = _static(default=1)  # of equal size, along rows and clusters; a cluster lies in one with its children
 
-    # Axes by attribute path, R = rows; what `squeezejax.shardings` splits a tree by.
+    # Axes by attribute path; what `squeezejax.shardings` splits a tree by.
     AXES: ClassVar[dict[str, str]] = {
         "keys": "LKRH",
         "values": "LKRH",
@@ -119,7 +169,20 @@ class Tree:
         """K."""
         return self.keys.shape[1]
 
-    def row_arrays(self) -> dict[str, jax.Array]:
-        """The arrays with an axis of rows, by name: keys, values, order, and the codes of keys where there are any."""
-        arrays = {name: getattr(self, name) for name in ("keys", "values", "order", "key_codes", "key_steps")}
-        return {name: x for name, x in arrays.items() if x is not None}
+    def layer(self, index) -> TreeLayer:
+        """Layer `index`, which may be traced."""
+        return jax.tree.map(lambda leaf: leaf[index], TreeLayer(**layer_fields(self)))
+
+
+def layer_fields(tree: Tree | TreeLayer) -> dict[str, Any]:
+    """The fields that a tree and its layers share, by name; of a tree, arrays have the axis L."""
+    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(TreeLayer)}
+
+
+def stack_layers(layers: Sequence[TreeLayer], stack: Callable[[Sequence], Any] = jnp.stack) -> Tree:
+    """The uncalibrated tree of these layers; `stack` makes one array, with an axis L in front, of one a layer."""
+    stacked = jax.tree.map(lambda *leaves: stack(leaves), *layers)
+    return Tree(**layer_fields(stacked))
+
+
+TreeLayer.AXES = {name: axes[1:] for name, axes in Tree.AXES.items() if axes.startswith("L")}

@@ -322,7 +322,7 @@ def test_dense_attention_over_the_tree_reads_valid_rows_once(chunk):
     case = base_case()
     tree = oracle.spread_rows(case.tree)
     q = np.random.default_rng(0).normal(size=(2, 2, 3, 6)).astype(np.float32)
-    out, lse = dense.attend_all(q, tree.keys, tree.values, tree.order[1] >= 0, 1, chunk=chunk)
+    out, lse = dense.attend_all(q, tree.cache, tree.order[1] >= 0, 1, chunk=chunk)
     for b, head, row in np.ndindex(2, 2, 3):
         expected, expected_lse = oracle.attention(q[b, head, row], case.clustered[1, head], case.values[1, head, :60])
         np.testing.assert_allclose(out[b, head, row], expected, atol=1e-5)

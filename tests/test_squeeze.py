@@ -34,7 +34,7 @@ def ordered_clusters(monkeypatch):
     def build_layer(keys, values, config, *_):
         S = keys.shape[1] - config.observation_window
         labels = np.broadcast_to(np.arange(S) * 5 // S, (1, keys.shape[0], S))
-        return jax.tree.map(lambda leaf: leaf[0], build_tree(keys[None], values[None], config, labels=(labels,)))
+        return build_tree(keys[None], values[None], config, labels=(labels,)).layer(0)
 
     monkeypatch.setattr(module, "build_layer", build_layer)
 

@@ -1,6 +1,7 @@
 """Building trees: cluster order, centroids, counts, the number of clusters, and what is refused."""
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import oracle
 import pytest
 
-from squeezejax import SqueezeConfig, build_tree
+from squeezejax import SqueezeConfig, Tree, build_tree
+from squeezejax.tree import TreeLayer, stack_layers
 
 
 def runs(tree, depth, layer, head):
@@ -47,6 +49,19 @@ def test_rows_hold_the_keys_and_values_that_order_names(case):
         assert sorted(order) == list(range(S))
         np.testing.assert_array_equal(tree.keys[layer, head], case.keys[layer, head, order])
         np.testing.assert_array_equal(tree.values[layer, head], case.values[layer, head, order])
+
+
+def test_a_layer_lacks_the_axis_of_layers_and_nothing_else(case):
+    tree = case.uncalibrated
+    layers = [tree.layer(i) for i in range(tree.num_layers)]
+    chex.assert_trees_all_equal(layers[1].cache.keys, tree.keys[1])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers[1]):
+        name = re.sub(r"\.\d+", "", jax.tree_util.keystr(path, simple=True, separator="."))
+        assert "L" + TreeLayer.AXES[name] == Tree.AXES[name]
+        assert leaf.ndim == len(TreeLayer.AXES[name])
+    whole = stack_layers(layers)
+    assert jax.tree.structure(whole) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal(whole, tree)
 
 
 def test_window_stays_in_order_and_out_of_the_clusters(case):

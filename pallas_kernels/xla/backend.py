@@ -106,7 +106,7 @@ def _attend_fixed(tree, rows, valid, group: int, layer, reading: Reading, contex
 
     def every_key():
         with jax.named_scope("attend_every_key"):
-            found = attend_all(rows, tree.keys, tree.values, tree.order[layer] >= 0, layer)
+            found = attend_all(rows, tree.cache, tree.order[layer] >= 0, layer)
             return *found, jnp.ones(len(rows), jnp.float32)
 
     def kept_keys():
@@ -147,18 +147,18 @@ def _attend_found(tree, rows, found: Found, layer):
     with jax.named_scope("attend_kept_keys"):
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         head = jnp.tile(layer * K + jnp.arange(K), B)
-        out, lse = attend_lists(flat(rows), flat(tree.keys), flat(tree.values), found.lists, head)
+        out, lse = attend_lists(flat(rows), jax.tree.map(flat, tree.cache), found.lists, head)
     return out.reshape(rows.shape), lse.reshape(rows.shape[:-1])
 
 
 def attend_window(tree, rows, layer) -> list:
     """rows [B K M H] over sinks and observation window -> [(out f32[B K M H], lse f32[B K M])], [] if there is none."""
-    num_rows = tree.window_keys.shape[2]
+    num_rows = tree.window.keys.shape[2]
     if not num_rows:
         return []
     with jax.named_scope("attend_window"):
         everything = jnp.ones((rows.shape[1], num_rows), bool)
-        return [attend_all(rows, tree.window_keys, tree.window_values, everything, layer)]
+        return [attend_all(rows, tree.window, everything, layer)]
 
 
 def _attend_estimated(tree, rows, valid, group: int, own, layer, reading: Reading):

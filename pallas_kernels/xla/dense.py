@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels.interface import KeysValues
 from squeezejax.pallas_kernels.layout import from_lanes, split_heads, to_lanes
 from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over, partial_attention
 
@@ -67,38 +68,42 @@ def attend_cached(q, k, v, start, *, before=None, chunk: int = 512):
     return from_lanes(out[None], N // K).reshape(1, T, N, H)
 
 
-def attend_all(q, keys, values, valid, layer, *, chunk: int = 512):
+def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
     """Dense attention over every valid row of one layer -> (out f32[B K M H], lse f32[B K M]).
 
-    q [B K M H]; keys, values [L K R H]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
+    q [B K M H]; cache, leading axes [L K]; valid bool[K R]; layer i32[]. Rows are read in contiguous chunks.
     """
     B, K, M, H = q.shape
-    R = keys.shape[2]
+    R = cache.keys.shape[2]
     chunk = min(chunk, R)
     q = q.transpose(1, 0, 2, 3).reshape(K, B * M, H)
 
     def step(i, state: Softmax) -> Softmax:
         # The last chunk is moved back to end with the cache; rows already seen are masked.
         first = jnp.minimum(i * chunk, R - chunk)
-        take = lambda cache: jax.lax.dynamic_slice(cache, (layer, 0, first, 0), (1, K, chunk, H))[0]
+        take = lambda array: jax.lax.dynamic_slice(array, (layer, 0, first, 0), (1, K, chunk, H))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]
-        k, v = (read_rows(take, cache, i).astype(q.dtype) for cache in (keys, values))
-        return state.add(q, k, v, mask)
+        rows = read_rows(take, cache, i)
+        return state.add(q, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
 
     out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 
 
-def read_rows(take, cache, step):
-    """take(cache), rows of a cache, inside a loop that counts `step`."""
-    if cache.dtype.itemsize != 2:
-        return take(cache)
+def read_rows(take, cache: KeysValues, step) -> KeysValues:
+    """Some rows of a cache, inside a loop that counts `step`; take(array) gives those of an array [… R H]."""
+    return jax.tree.map(lambda array: _read_array(take, array, step), cache)
 
-    def as_integers(cache):
+
+def _read_array(take, array, step):
+    if array.dtype.itemsize != 2:
+        return take(array)
+
+    def as_integers(array):
         # Before JAX 0.11 XLA's CPU backend widens all of a 16-bit float cache before the loop that reads rows of it, at
         # many times the cost of the loop. It leaves integers alone, and the barrier keeps it from making them early.
-        cache, _ = jax.lax.optimization_barrier((cache, step))
-        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(cache, jnp.uint16)), cache.dtype)
+        array, _ = jax.lax.optimization_barrier((array, step))
+        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(array, jnp.uint16)), array.dtype)
 
-    return jax.lax.platform_dependent(cache, cpu=as_integers, default=take)
+    return jax.lax.platform_dependent(array, cpu=as_integers, default=take)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax.pallas_kernels.interface import KeysValues
 from squeezejax.pallas_kernels.xla.dense import read_rows
 from squeezejax.pallas_kernels.xla.softmax import Softmax
 
@@ -100,17 +101,18 @@ def cluster_of_rows(starts, counts, num_rows: int):
     return jnp.where((cluster >= 0) & (row < last + counts[cluster]), cluster, -1)
 
 
-def attend_lists(q, keys, values, lists: Runs | Rows, head, *, chunk: int = 512, block: int = 1024):
+def attend_lists(q, cache: KeysValues, lists: Runs | Rows, head, *, chunk: int = 512, block: int = 1024):
     """Exact attention of each lane over the rows of its list -> (out f32[U M H], lse f32[U M]).
 
-    q [U M H]; keys, values [L·K R H]; lists, every field with a leading axis U; head i32[U], the lane's index in L·K.
+    q [U M H]; cache, leading axis L·K; lists, every field with a leading axis U; head i32[U], the lane's index in L·K.
     Lists differ much in length, so they are cut into blocks, and U blocks at a time are worked on, whichever lanes
     they belong to. Loops end where the lists do, known on the device only: no row is ever dropped, and no work grows
     with R.
     """
     U, M, H = q.shape
-    chunk = min(chunk, keys.shape[1])
-    block = -(-min(block, keys.shape[1]) // chunk) * chunk
+    R = cache.keys.shape[1]
+    chunk = min(chunk, R)
+    block = -(-min(block, R) // chunk) * chunk
     blocks = (lists.num_rows + block - 1) // block
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
 
@@ -120,16 +122,16 @@ def attend_lists(q, keys, values, lists: Runs | Rows, head, *, chunk: int = 512,
         first = (number - (ends - blocks)[lane]) * block
         size = jnp.clip(lists.num_rows[lane] - first, 0, block)  # 0 past the last block
         first = jnp.where(size > 0, first, 0)
-        rows = lists.take(lane, first, block)
-        rows = jnp.where(jnp.arange(block)[None, :] < size[:, None], rows, 0)  # the gather promises to stay in bounds
+        numbers = lists.take(lane, first, block)
+        listed = jnp.arange(block)[None, :] < size[:, None]
+        numbers = jnp.where(listed, numbers, 0)  # the gather promises to stay in bounds
         q_here, head_here = q[lane], head[lane][:, None]
 
         def step(j, part: Softmax) -> Softmax:
-            index = jax.lax.dynamic_slice_in_dim(rows, j * chunk, chunk, axis=1)
+            index = jax.lax.dynamic_slice_in_dim(numbers, j * chunk, chunk, axis=1)
             mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
-            take = lambda cache: cache.at[head_here, index].get(mode="promise_in_bounds")
-            k, v = (read_rows(take, cache, j).astype(q.dtype) for cache in (keys, values))
-            return part.add(q_here, k, v, mask)
+            rows = read_rows(lambda array: array.at[head_here, index].get(mode="promise_in_bounds"), cache, j)
+            return part.add(q_here, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
 
         steps = (jnp.max(size) + chunk - 1) // chunk
         return state.add_parts(jax.lax.fori_loop(0, steps, step, Softmax.start(U, M, H)), lane)

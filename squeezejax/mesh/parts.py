@@ -7,14 +7,16 @@ all parts, so that the tree reads as before on one device. What goes where is de
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.mesh import sharding
-from squeezejax.tree import Level, Tree
+from squeezejax.tree import Level, Tree, TreeLayer
+
+AnyTree = TypeVar("AnyTree", Tree, TreeLayer)
 
 SPARE = 32  # while a tree is built, a 32nd part more room than its first layer needs: later ones differ a little
 GRANULE = 8  # parts hold multiples of so many rows and clusters, so that kernels may read any of them
@@ -89,8 +91,8 @@ class _Rearranged:
         return found
 
 
-def split_layer(tree: Tree | None, layer: Tree, parts: int) -> tuple[Tree | None, Tree]:
-    """One layer, arrays without L, in parts of the tree's sizes, and the tree, with larger parts if these do not do.
+def split_layer(tree: Tree | None, layer: TreeLayer, parts: int) -> tuple[Tree | None, TreeLayer]:
+    """One layer in parts of the tree's sizes, and the tree, with larger parts if these do not do.
 
     Without a tree the sizes are those that the layer needs, and a little more for the layers to come.
     """
@@ -153,7 +155,7 @@ def _stack(layers):
 
 
 @functools.partial(jax.jit, static_argnames="parts")
-def _rearrange(tree: Tree, rows, levels: tuple[Level, ...], parts: int) -> Tree:
+def _rearrange(tree: AnyTree, rows, levels: tuple[Level, ...], parts: int) -> AnyTree:
     """The tree, or one layer, with other levels, and rows by their old number i32[… R'], −1 for padding."""
 
     def take(x, padding=0):

@@ -186,8 +186,6 @@ def _letters(x) -> list[str]:
         parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         name = ".".join(part for part in parts if not part.isdigit()).removesuffix(".value")
         letters = type(x).AXES.get(name, "")
-        if len(letters) == len(leaf.shape) + 1:
-            letters = letters.removeprefix("L")  # one layer by itself
         if len(letters) != len(leaf.shape):
             raise ValueError(f"the axes of {type(x).__name__}.{name}, of shape {leaf.shape}, are not known")
         found.append(letters)

@@ -26,7 +26,7 @@ from squeezejax.offline.squeeze import (
     prefill_layer,
     write_layer,
 )
-from squeezejax.tree import Level, Tree
+from squeezejax.tree import Level, Tree, TreeLayer
 
 
 def append(
@@ -86,14 +86,12 @@ def append(
 
 
 @jax.jit
-def _join(tree: Tree, index, part: Tree) -> Tree:
-    """Layer `index` of a tree with the clusters of `part` after its own; `part` and the result lack the axis L.
+def _join(tree: Tree, index, part: TreeLayer) -> TreeLayer:
+    """Layer `index` of a tree with the clusters of `part` after its own.
 
     The keys of `part` follow those of the tree in the context, and its window is the new one.
     """
-    of_old = ("sparsities", "thresholds", "block_thresholds", "denominators", "missed_masses", "context_hash")
-    whole = dataclasses.replace(tree, **dict.fromkeys(of_old))
-    old, new = _packed(jax.tree.map(lambda leaf: leaf[index], whole)), _packed(part)
+    old, new = _packed(tree.layer(index)), _packed(part)
     S = old.num_keys + new.num_keys
     padding = padding_rows(S, old.keys.dtype)
     pad = lambda x, filling: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=filling)
@@ -120,7 +118,7 @@ def _join(tree: Tree, index, part: Tree) -> Tree:
     )
 
 
-def _packed(layer: Tree) -> Tree:
+def _packed(layer: TreeLayer) -> TreeLayer:
     """One layer without padding rows, wherever they lay: kernels expect them at the end."""
     live = layer.order >= 0  # [K R]
     rows = jnp.argsort(~live, axis=1, stable=True)[:, : layer.num_keys]

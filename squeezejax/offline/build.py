@@ -13,7 +13,7 @@ from squeezejax.offline.kmeans import Clustering, cluster_levels
 from squeezejax.offline.shape import Shape, shape_clusters, shape_of
 from squeezejax.pallas_kernels import codes, registry
 from squeezejax.pallas_kernels.xla.segment_sums import segment_sum
-from squeezejax.tree import Level, Tree
+from squeezejax.tree import Level, Tree, TreeLayer, stack_layers
 
 FAST_WEIGHT = 0.1  # of dimensions that RoPE turns more than once over the context
 
@@ -66,7 +66,7 @@ def build_tree(
             _arrange(keys[i], values[i], tuple(jnp.asarray(entry[i], jnp.int32) for entry in labels), clusters, config)
             for i in range(L)
         ]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return stack_layers(layers)
 
 
 def clustering_of(config: SqueezeConfig, weights=None) -> Clustering:
@@ -102,8 +102,8 @@ def build_layer(
     implementation: str | None = None,
     first_row: int = 0,
     offset=None,
-) -> Tree:
-    """`build_tree` for one layer: keys, values [K sinks+S+W H] -> a Tree whose arrays lack the axis L.
+) -> TreeLayer:
+    """`build_tree` for one layer: keys, values [K sinks+S+W H].
 
     `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it. `offset` f32[K H] is the
     mean that codes leave out, where they are to be joined with others; by default that of these keys.
@@ -124,7 +124,7 @@ def _build_heads(
     clustering: Clustering,
     implementation: str | None = None,
     first_row: int = 0,
-) -> Tree:
+) -> TreeLayer:
     """`build_layer` with a random key a head."""
     rows = clustered(keys, config)
     S = rows.shape[1]
@@ -153,8 +153,8 @@ def always_read(x, config: SqueezeConfig):
 @functools.partial(jax.jit, static_argnames=("clusters", "config", "shape"))
 def _arrange(
     keys, values, labels, clusters: tuple[int, ...], config: SqueezeConfig, shape: Shape | None = None, offset=None
-):
-    """Sorts one layer by cluster into a Tree without the axis L.
+) -> TreeLayer:
+    """Sorts one layer by cluster.
 
     labels as for `build_tree`, but without L; clusters = C of each level; `shape` of the finest ones, None = as given.
     """
@@ -169,7 +169,7 @@ def _arrange(
     with jax.named_scope("round"):
         levels, coded = jax.vmap(round_head)(sorted_keys, levels, offset)
     key_codes, key_steps = (None, None) if coded is None else map(pad, coded)
-    return Tree(
+    return TreeLayer(
         keys=pad(sorted_keys),
         values=pad(take(clustered(values, config))),
         order=jnp.pad(order, ((0, 0), (0, padding)), constant_values=-1),

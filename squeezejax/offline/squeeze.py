@@ -35,7 +35,7 @@ from squeezejax.online.attention import attend_context
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.layout import split_heads
 from squeezejax.plan import check_build_fits
-from squeezejax.tree import Tree
+from squeezejax.tree import Tree, TreeLayer, layer_fields, stack_layers
 
 CHUNK = 512  # context tokens in one forward step
 
@@ -113,7 +113,7 @@ def _build(params, tokens, config, seeds, num_queries: int, saved: Unfinished | 
     return tree, queries
 
 
-def _beside(x, layer: Tree) -> Tree:
+def _beside(x, layer: TreeLayer) -> TreeLayer:
     """A layer that was loaded, whole on every device of the mesh on which x lies."""
     mesh = sharding.mesh_of(x)
     return layer if mesh is None else jax.device_put(layer, NamedSharding(x.sharding.mesh, PartitionSpec()))
@@ -125,7 +125,7 @@ def clustering_for(params, config: SqueezeConfig, num_tokens: int) -> Clustering
     return clustering_of(config, frequencies and dimension_weights(frequencies(), num_tokens))
 
 
-def cluster_layer(keys, values, index: int, *options) -> Tree:
+def cluster_layer(keys, values, index: int, *options) -> TreeLayer:
     """`build_layer`, waited for, of layer `index`'s keys and values [K sinks+S+W H], if they are numbers."""
     check_finite(keys, values, index)
     return jax.block_until_ready(build_layer(keys, values, *options))
@@ -238,7 +238,7 @@ def _empty_cache(params, shape, dtype):
     return sharding.constrain(params, jnp.zeros(shape, dtype), "2BTKH")
 
 
-def write_layer(tree: Tree | None, layer: Tree, index: int, L: int) -> Tree:
+def write_layer(tree: Tree | None, layer: TreeLayer, index: int, L: int) -> Tree:
     """The tree of L layers with one of them written in place; None is a tree of zeros.
 
     On a mesh that splits the context, the layer comes whole and is laid out in parts here.
@@ -247,15 +247,16 @@ def write_layer(tree: Tree | None, layer: Tree, index: int, L: int) -> Tree:
     if parts > layer.parts:
         tree, layer = split_layer(tree, layer, parts)
     if tree is None:
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((L, *leaf.shape), leaf.dtype), layer)
-        tree = sharding.place(layer, shapes)
+        shape = lambda leaves: jax.ShapeDtypeStruct((L, *leaves[0].shape), leaves[0].dtype)
+        tree = sharding.place(layer, stack_layers([layer], shape))
     return _write_layer(tree, layer, index)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(tree: Tree, layer: Tree, index) -> Tree:
+def _write_layer(tree: Tree, layer: TreeLayer, index) -> Tree:
     write = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
-    return sharding.constrain(tree, jax.tree.map(write, tree, layer))
+    written = jax.tree.map(write, TreeLayer(**layer_fields(tree)), layer)
+    return sharding.constrain(tree, dataclasses.replace(tree, **layer_fields(written)))
 
 
 def layer_work(model, length: int, config: SqueezeConfig, before: Tree | None = None) -> float:

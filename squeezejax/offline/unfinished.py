@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.storage import files as storage
-from squeezejax.tree import Tree
+from squeezejax.tree import TreeLayer, stack_layers
 
 try:
     import fcntl
@@ -82,18 +82,17 @@ class Unfinished:
                 self.remove()
         self._unlock()
 
-    def layer(self, index: int) -> Tree:
-        """A finished layer, its arrays without the axis L. Raises ValueError for one of another build."""
+    def layer(self, index: int) -> TreeLayer:
+        """A finished layer. Raises ValueError for one of another build."""
         file = self._layer(index)
         try:
             notes = storage.read_header(file).notes
-            layer = storage.load(file)
+            tree = storage.load(file)
         except (storage.TreeFileError, FileNotFoundError) as error:
             raise ValueError(f"{error}: remove {self.folder} to build anew") from error
         if notes != self._notes(index):
             raise ValueError(f"{file} is of another build, or another layer: remove {self.folder} to build anew")
-        layer = dataclasses.replace(layer, fingerprint=None, context_hash=None)  # marks of a finished tree
-        return jax.tree.map(lambda leaf: leaf[0], layer)
+        return tree.layer(0)
 
     def state(self, like):
         """(queries of every finished layer, hidden states that the last one left), of the dtype and place of `like`.
@@ -108,11 +107,12 @@ class Unfinished:
         queries, x = (found[name].view(like.dtype) for name in ("queries", "x"))
         return list(jnp.asarray(queries)), jax.device_put(x, like.sharding)
 
-    def write(self, index: int, layer: Tree, queries: list, x):
-        """Layer `index` is finished: its arrays, without the axis L, all queries up to it, and what comes out of it."""
-        layer = jax.tree.map(lambda leaf: leaf[None], layer)
-        layer = dataclasses.replace(layer, fingerprint=self._fingerprint, context_hash=self._context_hash)
-        storage.save(self._layer(index), layer, self._notes(index))
+    def write(self, index: int, layer: TreeLayer, queries: list, x):
+        """Layer `index` is finished: its arrays, all queries up to it, and what comes out of it."""
+        tree = dataclasses.replace(
+            stack_layers([layer]), fingerprint=self._fingerprint, context_hash=self._context_hash
+        )
+        storage.save(self._layer(index), tree, self._notes(index))
         arrays = {"x": np.asarray(x), "queries": np.stack([np.asarray(q) for q in queries])}
         seal = self._seal(index + 1, arrays["queries"], arrays["x"])
         with storage.replacing(str(self._state)) as file:
