@@ -1,6 +1,6 @@
 """Decode attention, for Hopper: one query token a user, over listed rows of the cache and over rows that lie in order.
 
-A lane (a user and a key/value head) attends to the rows that it keeps (`work_list.Kept`) and to the first rows of any
+A lane (a user and a key/value head) attends to the rows that it keeps (`work_list.Lists`) and to the first rows of any
 number of arrays: the window, the user's own tokens, or the whole cache. All of it is cut into tiles of 64 rows, split
 evenly over CTAs (`shares`), and each CTA's parts of lanes are merged in the end (`merge_shares`).
 

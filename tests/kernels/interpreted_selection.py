@@ -1,5 +1,6 @@
 """Looking up the kept clusters by the kernels, interpreted, against float64: a program with the name of one check."""
 
+import contextlib
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -107,7 +108,13 @@ def check_codes(
         keys = None if key_codes is None else (key_codes[layer, k], key_steps[layer, k])
         heads = [level.of_head(layer, k) for level in levels]
         return reference_decode.descend_codes(
-            q[b, k].astype(np.float64), heads, keys, sink_keys[layer, k], lines[layer, k].astype(np.float64), log_T, turn
+            q[b, k].astype(np.float64),
+            heads,
+            keys,
+            sink_keys[layer, k],
+            lines[layer, k].astype(np.float64),
+            log_T,
+            turn,
         )
 
     log_T = []
@@ -202,12 +209,37 @@ def three_levels():
 
 
 def deep():
-    """Buffers and blocks of items that are used again and again: 30 tiles a CTA, at both levels."""
-    count_ctas, centroid_scores.count_ctas = centroid_scores.count_ctas, lambda per_multiprocessor: 1
-    try:
+    """Buffers that are used again and again: 30 tiles a CTA, at both levels."""
+    with one_cta():
         check((1000, 1300), K=2, L=1, S=2600, fraction=0.8, dead=0.0)
+
+
+@contextlib.contextmanager
+def one_cta():
+    """Scoring is one CTA's work."""
+    count_ctas, scores.count_ctas = scores.count_ctas, lambda per_multiprocessor: 1
+    try:
+        yield
     finally:
-        centroid_scores.count_ctas = count_ctas
+        scores.count_ctas = count_ctas
+
+
+def codes_flat():
+    """The default index; other numbers of bits; no codes of keys, no sinks; clusters of any size; heads of 128."""
+    check_codes((70,), unit=1)
+    check_codes((40,), bits=(8, 4), H=128, G=9, L=1, K=1)
+    check_codes((40,), bits=(4, 0), L=1, K=1)
+    check_codes((64,), B=3, G=1, bits=(8, 1), H=128, K=1, sinks=0)
+
+
+def codes_levels():
+    check_codes((20, 90), B=2, unit=1)
+
+
+def codes_deep():
+    """Buffers that are used again and again: 30 tiles a CTA, of codes of clusters and of keys."""
+    with one_cta():
+        check_codes((1300,), K=1, L=1, S=2600, unit=1, fraction=0.8, dead=0.0)
 
 
 def no_survivor():
