@@ -145,7 +145,7 @@ def _index_bits(tree) -> tuple[int, ...]:
         if coarsest.centroids is None or coarsest.centroids.dtype != "f4":
             raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
         return ()
-    packed = [tree.levels[0].codes, *([tree.key_codes] if config.key_bits else [])]
+    packed = [coarsest.codes, *([tree.key_codes] if config.key_bits else [])]
     if any(x is None or x.shape[-1] % 16 for x in packed):  # the least that TMA can fetch
         raise NotImplementedError(
             "the kernels take codes of centroids and of keys whose rows are multiples of 16 bytes, got index_bits="

@@ -19,6 +19,7 @@ from squeezejax.pallas_kernels.hopper.keep_clusters import keep_clusters
 from squeezejax.pallas_kernels.hopper.keep_keys import keep_keys
 from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, MASKED
 from squeezejax.pallas_kernels.hopper.scores import Query, split_query
+from squeezejax.pallas_kernels.hopper.shares import offsets_of
 from squeezejax.pallas_kernels.hopper.sparse_decode import InOrder, Listed
 from squeezejax.pallas_kernels.hopper.step import Step
 from squeezejax.pallas_kernels.hopper.work_list import PER_TILE, Lists, in_order, list_items
@@ -96,13 +97,13 @@ def select(q, index: Index, step: Step, num_rows: int, *, may_skip=False) -> Sel
         num_read.append(lists.num_tiles.reshape(B, K))
         lse = None if terms is None else lse
         num_tiles = lists.num_tiles
-        lists = list_items(kept, num_tiles, below, owned=finest and index.key_codes is not None)
+        lists = list_items(kept, lists.offsets, below, owned=finest and index.key_codes is not None)
     if index.key_codes is not None:
         step = step._replace(layer=layer)
         kept = keep_keys(query, index.key_codes, index.key_steps, scores.dots, lse, lists, step, len(levels))
         num_read.append(lists.num_tiles.reshape(B, K))
         num_tiles = -(-lists.num_tiles // PER_TILE)  # of 64 items now
-        lists = list_items(kept, num_tiles, num_rows)
+        lists = list_items(kept, offsets_of(num_tiles), num_rows)
     return Selected(lists, kept.num_rows(num_tiles).reshape(B, K), tuple(num_read))
 
 

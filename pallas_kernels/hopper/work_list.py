@@ -142,15 +142,15 @@ def before_each(numbers):
     return plgpu.layout_cast(jnp.sum(jnp.where(row < column, rows(numbers, shape), 0), axis=0), ALONG)
 
 
-def list_items(kept: Kept, num_tiles, below: int, *, owned: bool = False) -> Lists:
-    """Lists of what num_tiles i32[lanes] tiles of `kept` add, in their order, of at most `below` rows a head.
+def list_items(kept: Kept, offsets, below: int, *, owned: bool = False) -> Lists:
+    """Lists of what the lanes' tiles of `kept` add, in their order, of at most `below` rows a head.
 
-    With `owned`, the lists say whose each item is.
+    offsets i32[lanes + 1] are exclusive sums of the lanes' tiles. With `owned`, the lists say whose each item is.
     """
     lanes, P = kept.found[0].shape
     tiles = kept.tile_items.shape[1]
     runs = len(kept.found) == 2
-    has = jnp.arange(tiles)[None, :] < num_tiles[:, None]
+    has = jnp.arange(tiles)[None, :] < (offsets[1:] - offsets[:-1])[:, None]
     bases = offsets_of(jnp.where(has, kept.tile_items, 0))
     # Runs are disjoint: sorted, each shares at most one granule with the next. The first granule may belong to others.
     J = -(-(-(-below // GRANULE) + 1 + P if runs else P) // TILE) * TILE
@@ -224,6 +224,6 @@ def list_items(kept: Kept, num_tiles, below: int, *, owned: bool = False) -> Lis
         grid_names=("cta",),
         compiler_params=compiler_params(across_warps=True),
         kernel_name="list_items",
-    )(*kept.found, offsets_of(num_tiles), bases)
+    )(*kept.found, offsets, bases)
     num_items = bases[:, -1]
     return Lists(offsets_of((num_items + (PER_TILE - 1)) // PER_TILE), num_items, *lists)
