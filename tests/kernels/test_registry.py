@@ -85,9 +85,8 @@ def test_kernels_that_fail_their_check_are_not_chosen(monkeypatch):
         {"context": "context"},
         {"reading": Reading(tail=True)},
         {"score": "variance"},
-        {"index_bits": 8},
     ],
-    ids=["float32", "a split context", "estimates", "our rule with plain means", "the paper's with codes"],
+    ids=["float32", "a split context", "estimates", "our rule with plain means"],
 )
 def test_what_kernels_cannot_take_is_left_to_xla_or_refused(monkeypatch, changes):
     monkeypatch.setattr(self_check, "decode_step", lambda *_: pytest.fail("nothing to check"))
