@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
         f"`pip install -e {__path__[0]}/..`, or start from another folder if it is installed already"
     ) from None
 
+from squeezejax import text
 from squeezejax.config import SqueezeConfig
 from squeezejax.mesh.parts import split_context
 from squeezejax.mesh.sharding import shardings
@@ -74,6 +75,7 @@ __all__ = [
     "sparsity_for",
     "split_context",
     "squeeze",
+    "text",
 ]
 
 

@@ -19,6 +19,7 @@ from squeezejax.mesh.sharding import mesh_of, size_of, spec
 from squeezejax.offline.build import build_layer, check_context_length, clustering_of
 from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
+from squeezejax.online.fallback import why_dense
 from squeezejax.online.generate import empty_state
 from squeezejax.tree import Level, Tree, stack_layers
 
@@ -97,6 +98,7 @@ class Plan:
     dense: Reads
     squeezed: Reads
     collectives: tuple[Collective, ...]  # of a squeezed, greedy step
+    dense_because: str | None = None  # why answers will read every key, as `generate` does it; None: they will not
 
 
 def plan(
@@ -134,6 +136,7 @@ def plan(
         dense=_reads(params, tree, state, mesh, sparsity=0.0),
         squeezed=_reads(params, tree, state, mesh, sparsity=sparsity),
         collectives=tuple(_collectives(params, mesh, users, config.num_levels)),
+        dense_because=why_dense(tree, sparsity, None),
     )
 
 

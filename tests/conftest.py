@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from squeezejax.command_line import waiting
 from squeezejax.online import fallback
 
 jax.config.update("jax_enable_x64", False)
@@ -15,6 +16,12 @@ def selecting_pays(monkeypatch):
     """Trees in tests are so small that the rule would answer every request densely; test_fallback.py tests the rule."""
     for cost in ("LOOK_UP", "READ_BY_LIST", "OVERHEAD"):
         monkeypatch.setattr(fallback, cost, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """However slow the machine, nothing is said about waiting; test_terminal.py tests what is said."""
+    monkeypatch.setattr(waiting, "PATIENCE", float("inf"))
 
 
 @pytest.fixture(autouse=True, scope="session")

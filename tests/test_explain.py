@@ -22,7 +22,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 import squeezejax
 from squeezejax import SqueezeConfig
 from squeezejax.chat import prompts as chat
-from squeezejax.chat import stream
 from squeezejax.command_line import cli, commands
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import Explanation, explain
@@ -388,23 +387,24 @@ HOSTILE = "</article><script>document.title = 'taken'</script> <img src=x onerro
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """A folder with a text, its tree and the page of one answer; the question, what `explain` gave, the session."""
+    """A folder with a text, its tree and the page of one answer; the question, what `explain` gave, the record."""
     folder = tmp_path_factory.mktemp("explain")
     document = text.make_document(3, 220, 5)
     question = document.facts[2].question
     (folder / "text.txt").write_text(f"{HOSTILE}\n\n{document.text}\n")
     (folder / "other.txt").write_text(document.text)
-    seen, sessions = [], []
+    seen, replies = [], []
     with pytest.MonkeyPatch.context() as patch:
         for cost in ("LOOK_UP", "READ_BY_LIST", "OVERHEAD"):
             patch.setattr(fallback, cost, 0.0)
         patch.setattr(commands, "explain", lambda *args, **options: seen.append(explain(*args, **options)) or seen[0])
-        patch.setattr(commands, "Session", lambda *args: sessions.append(stream.Session(*args)) or sessions[-1])
+        ask = squeezejax.text.ask
+        patch.setattr(squeezejax.text, "ask", lambda *args: replies.append(ask(*args)) or replies[-1])
         files = f"--context {folder}/text.txt --out {folder}/text.tree"
         assert cli.main(["build", "--model", "embedded", *files.split(), "--window", "16", "--paper", "--quiet"]) == 0
         options = f"--tree {folder}/text.tree --sparsity 0.6 --max-new-tokens 6 --explain {folder}/page.html"
         assert cli.main(["ask", *options.split(), question]) == 0
-    return SimpleNamespace(folder=folder, question=question, found=seen[0], session=sessions[0])
+    return SimpleNamespace(folder=folder, question=question, found=seen[0], record=replies[0].record)
 
 
 def test_ask_writes_the_page(asked):
@@ -414,12 +414,12 @@ def test_ask_writes_the_page(asked):
     assert (asked.folder / "text.txt").read_text().strip().startswith(shown)
     assert len(shown) > 900  # all but what belongs to the question's side: a full stop at most
     assert page.texts["question"] == asked.question
-    stats = asked.session.stats
-    assert 0.05 < stats.kept < 0.8
-    np.testing.assert_allclose(found.kept_fraction, stats.kept, rtol=1e-5)
-    np.testing.assert_allclose(found.prefill_kept_fraction, stats.prefill_kept, rtol=1e-5)
-    assert page.texts["kept-fraction"] == f"{100 * stats.kept:.1f} %"
-    assert f"{100 * stats.prefill_kept:.1f} % in reading the question" in " ".join(source.split())
+    record = asked.record
+    assert 0.05 < record.kept_fraction < 0.8
+    np.testing.assert_allclose(found.kept_fraction, record.kept_fraction, rtol=1e-5)
+    np.testing.assert_allclose(found.prefill_kept_fraction, record.prefill_kept_fraction, rtol=1e-5)
+    assert page.texts["kept-fraction"] == f"{100 * record.kept_fraction:.1f} %"
+    assert f"{100 * record.prefill_kept_fraction:.1f} % in reading the question" in " ".join(source.split())
     assert (
         found.token_attended.shape[1]
         == len(page.tokens)
@@ -527,7 +527,7 @@ def rgba(colour):
 def test_opens_as_it_is(opened, asked):
     assert opened.title == f"What was read: {asked.question}"  # nothing in the text has run
     assert HOSTILE in opened.execute_script("return document.getElementById('text').textContent")
-    assert text_of(opened, "kept-fraction") == f"{100 * asked.session.stats.kept:.1f} %"
+    assert text_of(opened, "kept-fraction") == f"{100 * asked.record.kept_fraction:.1f} %"
     check_shades(classes_of(opened), *whole_answer(asked.found))
     cells = np.array(all_of(opened, ".cell", "e.innerText"), float).reshape(asked.found.kept.shape[1:])
     np.testing.assert_allclose(cells, 100 * asked.found.kept.mean(axis=0), atol=0.051)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import squeezejax
+from squeezejax.command_line.plan_table import plan_lines
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.online import fallback
 
@@ -57,6 +58,29 @@ def test_rule_by_hand(tree, monkeypatch, read, sparsity, falls_back):
     )
     assert (rule(sparsity)[0] == -jnp.inf) == falls_back
     assert falls_back or rule(sparsity)[0] == log_T[0]
+
+
+def test_why_dense(tree, monkeypatch):
+    why = fallback.why_dense(tree, 0.9, None)
+    assert why.startswith("in a text of 60 keys, at sparsity 0.9, choosing keys would take longer")
+    assert fallback.why_dense(tree, 0.9, "xla") is fallback.why_dense(tree, 1.0, None) is None
+    assert fallback.why_dense(tree, 0.0, "xla") == "sparsity 0 was asked for"
+    monkeypatch.setattr(fallback, "OVERHEAD", 0.0)
+    monkeypatch.setattr(fallback, "LOOK_UP", 0.1)
+    shapes = jax.eval_shape(lambda: tree)  # all that a plan has
+    assert fallback.why_dense(shapes, 0.9, None) is None
+    assert "choosing keys" in fallback.why_dense(shapes, 0.2, None)
+
+
+def test_a_plan_says_so(tree):
+    params = jax.eval_shape(lambda key: Llama(MODEL, key=key), jax.random.key(0))
+    made = squeezejax.plan(params, S + W, tree.config)
+    assert made.dense_because == fallback.why_dense(tree, made.sparsity, None)
+    assert squeezejax.plan(params, 10**7, tree.config).dense_because is None
+    assert f"answers   densely: {made.dense_because}" in plan_lines(made, params)
+    assert not any(
+        line.startswith("answers") for line in plan_lines(squeezejax.plan(params, 10**7, tree.config), params)
+    )
 
 
 def test_selection_attention_and_answers_say_so(tree):

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 import squeezejax
 from squeezejax.chat.shown import shown, shown_line
-from squeezejax.command_line import cache, cli
+from squeezejax.command_line import cache, cli, waiting
 from squeezejax.offline.progress import Bar, Progress
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,39 @@ def test_a_terminal_has_a_bar(monkeypatch):
     tell(Bar())
     assert terminal.getvalue().count("\r") == 101
     assert terminal.getvalue().count("\n") == 1
+
+
+def say_something(monkeypatch, terminal, compiling=()):
+    """What is said in a block that goes on until it has been said, and then compiles; and what is left at its end."""
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    with waiting.waiting_for("loading the model"):
+        for event in (None, *compiling):
+            if event is not None:
+                jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}", 1.0)
+            before = len(terminal.getvalue())
+            while len(terminal.getvalue()) == before:
+                time.sleep(0.01)
+    return terminal.getvalue()
+
+
+def test_a_log_says_once_what_is_waited_for(monkeypatch):
+    said = say_something(monkeypatch, io.StringIO(), ["jaxpr_to_mlir_module_duration", "backend_compile_duration"])
+    compiling = "squeezejax: loading the model: compiling, once for this machine …"
+    assert said.splitlines() == ["squeezejax: loading the model …", compiling, "squeezejax: loading the model …"]
+
+
+def test_a_terminal_shows_it_in_place(monkeypatch):
+    said = say_something(monkeypatch, Terminal())
+    assert said.startswith("\rsqueezejax: loading the model … 0 s")
+    *_, last, end = said.split("\r")
+    assert (set(last), end) == ({" "}, "")
+
+
+def test_what_is_fast_is_not_worth_a_word(capsys):
+    with waiting.waiting_for("loading the model"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_version(capsys):

@@ -1,5 +1,6 @@
 """Dense attention in plain XLA: causal over whole sequences, causal over a cache, and over every row of a layer."""
 
+import functools
 import math
 
 import jax
@@ -42,29 +43,33 @@ def attend_cached(q, k, v, start, *, before=None, chunk: int = 512):
     rows = to_lanes(split_heads(q, K))[0]
     rows = (rows.astype(jnp.float32) / math.sqrt(H)).astype(q.dtype)
     row = jnp.repeat(start + jnp.arange(T), N // K)
-    num_chunks = (start + T + chunk - 1) // chunk
 
-    def one_head(head):
-        q, k, v, state = head
+    def one_head(operands):
+        q, head, state = operands
 
-        def step(i, state: Softmax) -> Softmax:
+        def step(i, state: Softmax, *, masked: bool) -> Softmax:
             # The last chunk is moved back to end with the cache; rows already seen are masked.
             first = jnp.minimum(i * chunk, R - chunk)
-            column = first + jnp.arange(chunk)
-            mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
-            k_here, v_here = (jax.lax.dynamic_slice_in_dim(cache, first, chunk).astype(q.dtype) for cache in (k, v))
+            take = lambda cache: jax.lax.dynamic_slice(cache, (0, first, head, 0), (1, chunk, 1, H))[0, :, 0]
+            k_here, v_here = (read_rows(take, cache, i).astype(q.dtype) for cache in (k, v))
             scores = jnp.einsum("MH,JH->MJ", q, k_here, preferred_element_type=jnp.float32)
-            return state.add_scores(jnp.where(mask, scores, MASKED), v_here)
+            if masked:
+                column = first + jnp.arange(chunk)
+                mask = (column[None, :] <= row[:, None]) & (column >= i * chunk)[None, :]
+                scores = jnp.where(mask, scores, MASKED)
+            return state.add_scores(scores, v_here)
 
-        return jax.lax.fori_loop(0, num_chunks, step, state).end()
+        # Chunks that every token of q sees whole need no mask; on a CPU it costs as much as a product.
+        whole, all_chunks = start // chunk, (start + T + chunk - 1) // chunk
+        state = jax.lax.fori_loop(0, whole, functools.partial(step, masked=False), state)
+        return jax.lax.fori_loop(whole, all_chunks, functools.partial(step, masked=True), state).end()
 
     if before is None:
         state = Softmax.start(K, rows.shape[1], H)
     else:
         out, lse = (to_lanes(x)[0] for x in before)
         state = Softmax(lse, jnp.where(lse > MASKED, 1.0, 0.0), out)
-    by_head = lambda cache: jnp.swapaxes(cache[0], 0, 1)
-    out, _ = map_over(one_head, (rows, by_head(k), by_head(v), state))
+    out, _ = map_over(one_head, (rows, jnp.arange(K), state))
     return from_lanes(out[None], N // K).reshape(1, T, N, H)
 
 

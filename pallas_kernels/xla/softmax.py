@@ -86,10 +86,12 @@ class Softmax(NamedTuple):
         Every row has a key in what it has seen before or in these, or its result means nothing.
         """
         top = jnp.maximum(self.top, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - top[:, None])
+        # Rounded before they are summed: XLA then writes them once, in the dtype in which the product reads them.
+        weights = jnp.exp(scores - top[:, None]).astype(v.dtype)
         keep = jnp.exp(self.top - top)
-        out = jnp.einsum("MJ,JH->MH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return Softmax(top, self.total * keep + jnp.sum(weights, axis=-1), self.out * keep[:, None] + out)
+        out = jnp.einsum("MJ,JH->MH", weights, v, preferred_element_type=jnp.float32)
+        total = jnp.sum(weights.astype(jnp.float32), axis=-1)
+        return Softmax(top, self.total * keep + total, self.out * keep[:, None] + out)
 
     def add_parts(self, part: "Softmax", lane) -> "Softmax":
         """With partial softmaxes, each over some keys of lane[i]."""

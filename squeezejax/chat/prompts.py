@@ -7,10 +7,12 @@ and tokenize the short rest for any question, so that both parts together are ex
 
 import contextlib
 import dataclasses
-import os
 import sys
 import time
-from pathlib import Path
+
+from squeezejax.chat.tokenizer import first_line, load_tokenizer
+
+__all__ = ["load_tokenizer"]  # and all that is defined here
 
 JOINT = "\n\n"  # between the context and the question
 STAND_IN = "⟨the squeezed context⟩"  # what later turns render in its place
@@ -46,32 +48,6 @@ class Prompt:
         return cls(**{name: notes[f"prompt_{name}"] for name in names})
 
 
-def load_tokenizer(directory):
-    """The tokenizer of a Hugging Face checkpoint directory; nothing is downloaded.
-
-    Raises FileNotFoundError for a directory that is not there, and ValueError where it holds no usable tokenizer.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model directory at {folder}; models are not downloaded, give a local path")
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        raise FileNotFoundError(f"{folder} has no tokenizer (none of {', '.join(names)})")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else: that PyTorch is missing
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer  # takes a second to import
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many types, the Rust library's own among them
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{folder}: its tokenizer is a program of its own (auto_map), and such code is never run: save it as a "
-                "tokenizer.json where you trust it"
-            ) from error
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({_first_line(error)})") from error
-
-
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of text as it stands: nothing added, and special tokens written out in it recognised."""
     # verbose=False: no remark on texts beyond model_max_length.
@@ -101,7 +77,7 @@ def render(tokenizer, messages) -> str:
         with _time_limit():
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the template's own code raises
-        raise ValueError(f"the model's chat template cannot render the conversation ({_first_line(error)})") from error
+        raise ValueError(f"the model's chat template cannot render the conversation ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -209,8 +185,8 @@ def conversation_ids(tokenizer, prompt: Prompt, turns, question: str) -> list[in
 
 
 def stop_tokens(tokenizer, config) -> tuple[int, ...]:
-    """Ids that end a reply: the checkpoint's, and the tokenizer's end of sequence."""
-    ids = [*config.stop_tokens, tokenizer.eos_token_id]
+    """Ids that end a reply: the model's, where its configuration has `stop_tokens`, and the tokenizer's own."""
+    ids = [*getattr(config, "stop_tokens", ()), tokenizer.eos_token_id]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
@@ -291,8 +267,3 @@ def _stripped(question: str) -> str:
     except UnicodeEncodeError as error:  # what a terminal of another encoding makes of it
         raise ValueError("the question is not UTF-8 text") from error
     return question
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.online.generate import State, decode, prefill
+from squeezejax.online.fallback import why_dense
+from squeezejax.online.generate import State, prefill, read_one
+from squeezejax.online.reading import reading_of
+from squeezejax.online.sampling import Sampling, sample, sampling_of
 from squeezejax.tree import Tree
 
 # Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
@@ -19,87 +23,78 @@ ROOM = 512
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How replies are drawn."""
+    """How replies are made."""
 
     max_new_tokens: int = 256
-    stop_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # strings at which a reply ends; they are not part of it
+    stop_tokens: tuple[int, ...] = ()  # ids after which a reply ends, besides the model's own
     sparsity: float | None = None  # None = the tree's
+    dense: bool = False  # every key is read, by the same program: the answer to compare with
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
     implementation: str | None = None  # None = the best, and dense attention where selecting cannot pay
 
+    def __post_init__(self):
+        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop must be strings that are not empty, such as stop=('\\n',), got {self.stop!r}")
+        if self.dense and self.sparsity is not None:
+            raise ValueError("dense=True reads every key, so it has no sparsity")
+        object.__setattr__(self, "stop", strings)
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+
+    @property
+    def reading(self) -> dict:
+        """As arguments of `prefill` and `reading_of`: what is read of the context. Sparsity 0 is dense attention."""
+        return {"sparsity": 0.0 if self.dense else self.sparsity, "implementation": self.implementation}
+
 
 @dataclasses.dataclass
 class Stats:
     """What one reply took."""
 
-    tokens: int = 0
     seconds: float = 0.0  # from the question's first token to the reply's last
-    kept: float = 0.0  # mean kept fraction of the clustered keys while replying
+    kept: float = 0.0  # kept fraction of the clustered keys, mean over the reply's tokens that were read
     prefill_kept: float = 0.0  # the same while reading the question
-
-    def __str__(self) -> str:
-        """One line for a terminal."""
-        rate = f"{self.tokens / self.seconds:.1f} tokens/s" if self.seconds else "no time measured"
-        return (
-            f"{self.tokens} tokens in {self.seconds:.2f} s ({rate}, reading the question included); keys of the "
-            f"context kept: {self.kept:.1%} in replying, {self.prefill_kept:.1%} in reading the question"
-        )
 
 
 class Session:
     """One conversation over a tree. Whoever calls says every time what all ids after the context are to be."""
 
     def __init__(self, params, tree: Tree, options: Options):
-        self._params, self._tree, self._options = params, tree, options
+        self._params, self._tree, self.options = params, tree, options
         self._state: State | None = None
         self._ids: list[int] = []  # what the state holds
         self._replies = 0
         self.stats = Stats()  # of the latest reply
 
-    @property
-    def ids(self) -> list[int]:
-        """All that follows the context: what was read, then the latest reply as far as it has come."""
-        return list(self._ids)
-
-    def restart(self):
-        """Forgets all that followed the context."""
-        self._state, self._ids = None, []
-
     def reply(self, ids: list[int]) -> Iterator[int]:
         """Reads ids, all that follows the context up to the reply, and yields the reply's tokens, a stop token too.
 
         What the state holds already, from earlier turns, is not read again: it goes back to where ids first differ.
+        A token is read after it has been given out, so that nobody waits for the next one's program to see the first.
         """
         started = time.perf_counter()
         self._read(ids)
-        options = self._options
-        self.stats = Stats(prefill_kept=float(self._state.kept_fraction[0]))
+        options = self.options
+        prefill_kept = float(self._state.kept_fraction[0])
+        self.stats = Stats(kept=prefill_kept, prefill_kept=prefill_kept)
         key = jax.random.fold_in(jax.random.key(options.seed), self._replies)
         self._replies += 1
+        sampling = sampling_of(options.temperature, options.top_k, options.top_p, key, None)
+        reading = reading_of(self._tree, **options.reading)
         kept = 0.0
         for number in range(options.max_new_tokens):
-            generation, self._state = decode(
-                self._params,
-                self._tree,
-                self._state,
-                1,
-                sparsity=options.sparsity,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                implementation=options.implementation,
-                key=jax.random.fold_in(key, number),
-            )
-            token = int(generation.tokens[0, 0])
-            self._ids.append(token)
-            kept += float(generation.kept_fraction[0])
-            self.stats = dataclasses.replace(
-                self.stats, tokens=number + 1, seconds=time.perf_counter() - started, kept=kept / (number + 1)
-            )
+            drawn = _draw(self._state.logits, sampling, number)
+            token = int(drawn[0])
+            self.stats.seconds = time.perf_counter() - started
             yield token
+            self._state = read_one(self._params, self._tree, self._state, drawn, reading)
+            self._ids.append(token)
+            kept += float(self._state.kept_fraction[0])
+            self.stats.kept = kept / (number + 1)
             if token in options.stop_tokens:
                 return
 
@@ -122,16 +117,29 @@ class Session:
             self._tree,
             padded,
             state=state,
-            capacity=_round_up(used + self._options.max_new_tokens, ROOM) - used,
+            capacity=_round_up(used + self.options.max_new_tokens, ROOM) - used,
             lengths=np.array([len(new)]),
-            sparsity=self._options.sparsity,
-            implementation=self._options.implementation,
+            **self.options.reading,
         )
         self._ids = list(ids)
 
+    def why_dense(self) -> str | None:
+        """Why every key is read, in a sentence's words; None where keys are chosen."""
+        if self.options.dense:
+            return "dense attention was asked for"
+        given = self.options.sparsity
+        sparsity = self._tree.config.sparsity if given is None else given
+        return why_dense(self._tree, sparsity, self.options.implementation)
+
     def rehearse(self, ids: list[int]):
         """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
-        next(copy.copy(self).reply(ids))
+        list(itertools.islice(copy.copy(self).reply(ids), 2))  # the second token comes when the first has been read
+
+
+@jax.jit
+def _draw(logits, sampling: Sampling, number):
+    """Token `number` of the replies, i32[B], from logits f32[B V]: as `decode` draws it in one call for all."""
+    return sample(logits, sampling, sampling.key, number)
 
 
 def pad(ids: list[int]) -> np.ndarray:

@@ -9,9 +9,7 @@ import time
 
 import jax
 
-import squeezejax
-from squeezejax import models
-from squeezejax.chat import prompts as chat
+from squeezejax import models, text
 from squeezejax.command_line.commands import (
     asked_model,
     check_out,
@@ -22,11 +20,11 @@ from squeezejax.command_line.commands import (
     warn_of_length,
 )
 from squeezejax.command_line.trust import EMBEDDED, is_trusted, model_notes
+from squeezejax.command_line.waiting import waiting_for
 from squeezejax.memory import readable_bytes
 from squeezejax.offline import unfinished
 from squeezejax.offline.progress import Bar
 from squeezejax.storage import files as storage
-from squeezejax.tree import Tree
 
 
 def build(arguments):
@@ -36,36 +34,40 @@ def build(arguments):
     config = squeeze_config(arguments)
     folder = model_directory(arguments.model)
     model_config = read_model_config(folder)
-    tokenizer = chat.load_tokenizer(folder)
-    ids, prompt = chat.split_prompt(tokenizer, context)
-    if len(ids) <= config.always_read:
+    with waiting_for("reading the text"):
+        tokenizer = text.load_tokenizer(folder)
+        prepared = text.prepare(tokenizer, context)
+    count = len(prepared.tokens)
+    if count <= config.always_read:
         raise ValueError(
-            f"{arguments.context} has {len(ids)} tokens only, and sinks and window take {config.always_read}: "
+            f"{arguments.context} has {count} tokens only, and sinks and window take {config.always_read}: "
             "nothing is left to squeeze; give a longer text or a smaller --window"
         )
-    _check_vocabulary(ids, model_config)
-    warn_of_length(len(ids), model_config)
+    _check_vocabulary(prepared.tokens, model_config)
+    warn_of_length(count, model_config)
     # Beside the tree, and kept until that is safe on the disk.
     checkpoint = None if arguments.no_checkpoint else f"{arguments.out}.unfinished"
     if checkpoint is not None:
         unfinished.check_free(checkpoint)
-    watch = Watch(arguments.quiet)
-    params = models.load(folder, dtype=arguments.dtype)
+    watch = _Watch(arguments.quiet)
+    with waiting_for("loading the model"):
+        params = models.load(folder, dtype=arguments.dtype)
     key = jax.random.key(arguments.seed)
     model = _model_name(arguments.model, folder)
-    notes = {**model_notes(model), "context": os.path.abspath(arguments.context), **prompt.to_notes()}
-    squeezejax.squeeze(
+    notes = {**model_notes(model), "context": os.path.abspath(arguments.context)}
+    text.build(
         params,
-        ids,
+        tokenizer,
+        prepared,
         config,
         key=key,
         progress=watch,
         checkpoint=checkpoint,
-        finished=lambda tree: write_tree(arguments.out, tree, notes, len(ids), watch),
+        finished=lambda document: _write(arguments.out, document, notes, count, watch),
     )
 
 
-class Watch:
+class _Watch:
     """Receives a build's progress: draws a bar, unless quiet, and knows where the time went."""
 
     def __init__(self, quiet: bool):
@@ -87,10 +89,10 @@ class Watch:
         return total, ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items())
 
 
-def write_tree(path, tree: Tree, notes: dict[str, str], num_tokens: int, watch: Watch):
+def _write(path, document: text.Document, notes: dict[str, str], num_tokens: int, watch: _Watch):
     """Saves a tree, and says how large it is and where the time went."""
     started = time.perf_counter()
-    storage.save(path, tree, notes)
+    text.save(path, document, notes)
     total, spent = watch.summary(time.perf_counter() - started)
     size = readable_bytes(os.path.getsize(path))
     print(f"{path}: {num_tokens:,} tokens squeezed in {total:.1f} s, {size}")
@@ -104,21 +106,24 @@ def append(arguments):
     more = read_context(arguments.context)
     check_out(arguments.out, arguments.force, arguments.context)
     header = storage.read_header(arguments.tree)
-    prompt = chat.Prompt.from_notes(header.notes)
+    prompt = text.Prompt.from_notes(header.notes)
     folder = asked_model(arguments.model, header.notes)
     model_config = read_model_config(folder)
-    tokenizer = chat.load_tokenizer(folder)
-    ids, prompt = chat.extend_prompt(tokenizer, prompt, more)
-    _check_vocabulary(ids, model_config)
-    watch = Watch(arguments.quiet)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
-    tree = storage.load(arguments.tree, params)
-    warn_of_length(tree.context_length + len(ids), model_config)
-    tree = squeezejax.append(params, tree, ids, key=jax.random.key(arguments.seed), progress=watch)
+    with waiting_for("reading the text"):
+        tokenizer = text.load_tokenizer(folder)
+        prepared = text.prepare(tokenizer, more, after=prompt)
+    count = len(prepared.tokens)
+    _check_vocabulary(prepared.tokens, model_config)
+    watch = _Watch(arguments.quiet)
+    with waiting_for("loading model and tree"):
+        params = models.load(folder, dtype=header.tensors["keys"].dtype)
+        document = text.load(arguments.tree, params)
+    warn_of_length(document.tree.context_length + count, model_config)
+    key = jax.random.key(arguments.seed)
+    document = text.append(params, tokenizer, document, prepared, key=key, progress=watch)
     sources = [header.notes.get("context", "?"), os.path.abspath(arguments.context)]
     named = {} if arguments.model is None else model_notes(_model_name(arguments.model, folder))
-    notes = {**header.notes, **named, "context": ", ".join(sources), **prompt.to_notes()}
-    write_tree(arguments.out, tree, notes, len(ids), watch)
+    _write(arguments.out, document, {**named, "context": ", ".join(sources)}, count, watch)
 
 
 def _model_name(given: str, folder) -> str:

@@ -20,6 +20,8 @@ def keep_compiled(wanted: bool = True):
     elif jax.config.jax_compilation_cache_dir is None and (folder := _folder()) is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        # Small programs too (JAX's own least is a second of compiling): there are a dozen of them in a question.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _folder() -> Path | None:

@@ -4,30 +4,25 @@ All that can fail cheaply fails before a model is loaded.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from squeezejax import models
-from squeezejax.chat import prompts as chat
+from squeezejax import models, text
+from squeezejax.chat import prompts
 from squeezejax.chat.shown import shown, shown_line
-from squeezejax.chat.stream import Options, Session, pad
 from squeezejax.command_line.trust import EMBEDDED, check_trusted
+from squeezejax.command_line.waiting import waiting_for
 from squeezejax.config import SqueezeConfig
 from squeezejax.explain import page as explain_page
 from squeezejax.explain.answer import explain
 from squeezejax.explain.text import context_files, context_ids, pieces
 from squeezejax.models.config import parse_config
 from squeezejax.offline.thresholds import expected_missed_mass, sparsity_for
-from squeezejax.online.generate import dense_generate
-from squeezejax.online.reading import reading_of
+from squeezejax.online.fallback import why_dense
 from squeezejax.storage import files as storage
-from squeezejax.tree import Tree
 
 MOST_MISSED = 0.05  # of attention; with more, `ask --stats` names a sparsity that misses less
 
@@ -108,66 +103,61 @@ class _Asking:
     """All that answering needs, loaded."""
 
     params: object
-    tree: Tree
     tokenizer: object
-    prompt: chat.Prompt
-    options: Options
+    document: text.Document
+    options: text.Options
     stats: bool
+
+    @property
+    def sparsity(self) -> float:
+        """The one asked for, or else the tree's."""
+        given = self.options.reading["sparsity"]
+        return self.document.tree.config.sparsity if given is None else given
 
 
 def ask(arguments):
     """`squeezejax ask`."""
     _check_ask(arguments)
     header = storage.read_header(arguments.tree)
-    prompt = chat.Prompt.from_notes(header.notes)
+    prompt = text.Prompt.from_notes(header.notes)
     folder = asked_model(arguments.model, header.notes)
     model_config = read_model_config(folder)
-    tokenizer = chat.load_tokenizer(folder)
-    asked = [chat.question_ids(tokenizer, prompt, question) for question in arguments.questions]
+    with waiting_for("loading the tokenizer"):
+        tokenizer = text.load_tokenizer(folder)
+    asked = [prompts.question_ids(tokenizer, prompt, question) for question in arguments.questions]
     context = None if arguments.explain is None else _read_squeezed(arguments, tokenizer, header)
-    params = models.load(folder, dtype=header.tensors["keys"].dtype)
-    tree = storage.load(arguments.tree, params)
+    with waiting_for("loading the model"):
+        params = models.load(folder, dtype=header.tensors["keys"].dtype)
+    with waiting_for("loading the tree"):
+        document = text.load(arguments.tree, params)
     longest = max((len(ids) for ids in asked), default=0) + arguments.max_new_tokens
-    warn_of_length(tree.context_length + longest, model_config)
-    options = Options(
-        max_new_tokens=arguments.max_new_tokens,
-        stop_tokens=chat.stop_tokens(tokenizer, params.config),
-        sparsity=arguments.sparsity,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        implementation=arguments.implementation,
-    )
-    asking = _Asking(params, tree, tokenizer, prompt, options, arguments.stats)
-    if not arguments.dense:
-        _say_if_dense(asking)
+    warn_of_length(document.tree.context_length + longest, model_config)
+    asking = _Asking(params, tokenizer, document, _options(arguments), arguments.stats)
+    _say_if_dense(asking)
     if arguments.chat:
         return _chat(asking, list(arguments.questions))
-    session = Session(params, tree, options)
-    for number, (question, ids) in enumerate(zip(arguments.questions, asked, strict=True)):
+    for number, question in enumerate(arguments.questions):
         if len(asked) > 1:
             print(("\n" if number else "") + f"> {shown(question)}")
-        if arguments.dense:
-            _answer_densely(asking, ids, number)
-        else:
-            session.restart()
-            _answer(asking, session, ids)
+        record = _answer(asking, text.ask(params, tokenizer, document, question, asking.options))
     if context is not None:
-        _explain(asking, ids, session.ids[len(ids) :], context, arguments)
+        _explain(asking, record, context, arguments)
+
+
+def _options(arguments) -> text.Options:
+    """What the options of `ask` say about replies."""
+    given = vars(arguments)
+    return text.Options(
+        **{field.name: given[field.name] for field in dataclasses.fields(text.Options) if field.name in given}
+    )
 
 
 def _say_if_dense(asking: _Asking):
     """Says on standard error that every key will be read, though a sparsity was asked for, and why."""
-    tree, options = asking.tree, asking.options
-    sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
-    reading = reading_of(tree, sparsity=sparsity, implementation=options.implementation)
-    if sparsity > 0 and np.all(np.asarray(reading.log_T) == -np.inf):
-        print(
-            f"squeezejax: every key is read: in a text of {tree.context_length:,} tokens, at sparsity {sparsity:g}, "
-            "choosing keys would take longer than reading all (--implementation xla chooses them anyway)",
-            file=sys.stderr,
-        )
+    why = why_dense(asking.document.tree, asking.sparsity, asking.options.implementation)
+    if asking.sparsity > 0 and why is not None:
+        why = why.replace("a named implementation", "--implementation xla")
+        print(f"squeezejax: every key is read: {why}", file=sys.stderr)
 
 
 def _check_ask(arguments):
@@ -217,26 +207,24 @@ def asked_model(model: str | None, notes: dict[str, str]) -> Path:
     return folder
 
 
-def _answer(asking: _Asking, session: Session, ids) -> str:
-    """Prints a reply as it comes, and returns its text."""
-    if asking.stats:
-        session.rehearse(ids)
-    stream = chat.Detokenizer(asking.tokenizer)
-    text = ""
-    for token in session.reply(ids):
-        text += _show(stream.push(token), first=not text)
-    text += _show(stream.flush(), first=not text)
+def _answer(asking: _Asking, reply: text.Reply) -> text.Record:
+    """Prints a reply as it comes."""
+    with waiting_for("reading the question"):
+        if asking.stats:
+            reply.rehearse()
+        first = next(reply, "")
+    for piece in itertools.chain([first], reply):
+        print(shown(piece), end="", flush=True)
     print()
     if asking.stats:
-        print(f"[{session.stats}]", file=sys.stderr)
+        print(f"[{reply.record}]", file=sys.stderr)
         _say_what_is_missed(asking)
-    return text
+    return reply.record
 
 
 def _say_what_is_missed(asking: _Asking):
     """Says on standard error what the sparsity costs, as the build measured it, where it did."""
-    tree, options = asking.tree, asking.options
-    sparsity = tree.config.sparsity if options.sparsity is None else options.sparsity
+    tree, sparsity = asking.document.tree, asking.sparsity
     if tree.missed_masses is None or sparsity <= 0:
         return
     missed = float(expected_missed_mass(tree, sparsity))
@@ -247,60 +235,22 @@ def _say_what_is_missed(asking: _Asking):
     print(f"[at sparsity {sparsity:g} some {missed:.1%} of attention is missed, {where}{advice}]", file=sys.stderr)
 
 
-def _show(piece: str, first: bool) -> str:
-    piece = piece.lstrip() if first else piece
-    print(shown(piece), end="", flush=True)
-    return piece
-
-
-def _answer_densely(asking: _Asking, ids, number: int):
-    """Prints a reply that read every key. It comes whole: the baseline has one program for a whole reply."""
-    options = asking.options
-
-    def run():
-        generation = dense_generate(
-            asking.params,
-            asking.tree,
-            pad(ids),
-            lengths=np.array([len(ids)]),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            stop_tokens=options.stop_tokens,
-            implementation=options.implementation,
-            key=jax.random.fold_in(jax.random.key(options.seed), number),
-        )
-        return np.asarray(generation.tokens[0, : int(generation.lengths[0])])
-
-    if asking.stats:
-        run()  # so that the time below is not the compiler's
-    started = time.perf_counter()
-    tokens = run()
-    seconds = time.perf_counter() - started
-    print(shown(chat.decode(asking.tokenizer, tokens).strip()))
-    if asking.stats:
-        rate = f"{len(tokens) / seconds:.1f} tokens/s, reading the question included"
-        print(f"[dense: {len(tokens)} tokens in {seconds:.2f} s ({rate}); every key read]", file=sys.stderr)
-
-
-def _explain(asking: _Asking, question: list[int], answer: list[int], context: list[int], arguments):
+def _explain(asking: _Asking, record: text.Record, context: list[int], arguments):
     """Writes the page that shows what was read for an answer."""
-    options, tokenizer = asking.options, asking.tokenizer
+    options, tokenizer, tree = asking.options, asking.tokenizer, asking.document.tree
+    (question,) = arguments.questions
     # The same program and the same random numbers: only what is kept differs.
-    dense_session = Session(asking.params, asking.tree, dataclasses.replace(options, sparsity=0.0))
-    dense_answer = list(dense_session.reply(question))
+    all_read = dataclasses.replace(options, sparsity=None, dense=True)
+    dense = text.ask(asking.params, tokenizer, asking.document, question, all_read).record
     about = explain_page.About(
-        question=arguments.questions[0].strip(),
-        answer=pieces(tokenizer, answer),
-        dense_answer=None if dense_answer == answer else chat.decode(tokenizer, dense_answer).strip(),
+        question=question.strip(),
+        answer=pieces(tokenizer, record.tokens),
+        dense_answer=None if dense.tokens == record.tokens else dense.text.rstrip(),
         context=pieces(tokenizer, context),
-        sparsity=asking.tree.config.sparsity if options.sparsity is None else options.sparsity,
+        sparsity=asking.sparsity,
         tree=os.path.basename(arguments.tree),
     )
-    found = explain(
-        asking.params, asking.tree, question, answer, sparsity=options.sparsity, implementation=options.implementation
-    )
+    found = explain(asking.params, tree, record.question, record.tokens, **options.reading)
     with storage.replacing(os.path.realpath(arguments.explain)) as file:
         file.write(explain_page.render(found, about).encode())
     print(f"[what was read, as a page for a browser: {arguments.explain}]", file=sys.stderr)
@@ -309,11 +259,9 @@ def _explain(asking: _Asking, question: list[int], answer: list[int], context: l
 def _chat(asking: _Asking, given: list[str]):
     """One conversation: the questions given, then turns from the terminal until an empty line or its end."""
     print("Every turn sees the earlier ones; an empty line ends the chat.", file=sys.stderr)
-    session = Session(asking.params, asking.tree, asking.options)
-    turns: list[tuple[str, str]] = []
+    chat = text.Chat(asking.params, asking.tokenizer, asking.document, asking.options)
     while question := _next_turn(given):
-        ids = chat.conversation_ids(asking.tokenizer, asking.prompt, turns, question)
-        turns.append((question, _answer(asking, session, ids)))
+        _answer(asking, chat.ask(question))
 
 
 def _next_turn(given: list[str]) -> str:

@@ -11,14 +11,13 @@ import time
 import jax
 import numpy as np
 
-from squeezejax import models
+from squeezejax import models, text
 from squeezejax.chat import prompts as chat
 from squeezejax.chat.stream import pad
 from squeezejax.command_line.commands import check_out, model_directory
 from squeezejax.command_line.trust import EMBEDDED
 from squeezejax.config import SqueezeConfig
-from squeezejax.models.embedded import text
-from squeezejax.offline.squeeze import squeeze
+from squeezejax.models.embedded.text import make_document
 from squeezejax.online.generate import dense_generate, generate
 from squeezejax.storage import files as storage
 
@@ -45,20 +44,20 @@ def demo(arguments):
         for file in (arguments.out, text_file):
             check_out(file, arguments.force)
     folder = model_directory(EMBEDDED)
-    document = text.make_document(arguments.seed, *document_size(arguments.tokens))
-    facts = choose_facts(document.facts, arguments.questions)
-    tokenizer = chat.load_tokenizer(folder)
-    ids, prompt = chat.split_prompt(tokenizer, document.text)
+    chronicle = make_document(arguments.seed, *document_size(arguments.tokens))
+    facts = choose_facts(chronicle.facts, arguments.questions)
+    tokenizer = text.load_tokenizer(folder)
+    prepared = text.prepare(tokenizer, chronicle.text)
     params = models.load(folder)
-    _introduce(document, len(ids), params)
-    tree = squeeze(params, ids, SqueezeConfig(sparsity=arguments.sparsity), progress=True)
+    _introduce(chronicle, len(prepared.tokens), params)
+    squeezed = text.build(params, tokenizer, prepared, SqueezeConfig(sparsity=arguments.sparsity), progress=True)
+    tree = squeezed.tree
     if arguments.out is not None:
         with storage.replacing(os.path.realpath(text_file)) as file:
-            file.write(document.text.encode())
-        notes = {"model": EMBEDDED, "context": os.path.abspath(text_file), **prompt.to_notes()}
-        storage.save(arguments.out, tree, notes)
+            file.write(chronicle.text.encode())
+        text.save(arguments.out, squeezed, {"model": EMBEDDED, "context": os.path.abspath(text_file)})
     print(f"\nAnswers at sparsity {arguments.sparsity:g}, dense and squeezed in turn (compiling first):", flush=True)
-    asked = [chat.question_ids(tokenizer, prompt, fact.question) for fact in facts]
+    asked = [chat.question_ids(tokenizer, squeezed.prompt, fact.question) for fact in facts]
     ask = _answerer(params, tree, tokenizer)
     ways = (dense_generate, generate)
     for way in ways:
@@ -128,12 +127,12 @@ def what_next(out: str | None, question: str, lost: bool) -> str:
     return "\n".join(["what next?", *lines])
 
 
-def _introduce(document, num_tokens: int, params):
+def _introduce(chronicle, num_tokens: int, params):
     weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-    example = document.facts[0]
+    example = chronicle.facts[0]
     print(f"A Llama of {weights / 1e6:.1f} M parameters reads a chronicle of {num_tokens:,} tokens, which begins:\n")
-    print(textwrap.indent(textwrap.fill(document.text[:400].rsplit(". ", 1)[0] + ". …", 96), "  "))
-    print(f'\n{len(document.facts)} facts are hidden in it, such as "{example.sentence}"\n', flush=True)
+    print(textwrap.indent(textwrap.fill(chronicle.text[:400].rsplit(". ", 1)[0] + ". …", 96), "  "))
+    print(f'\n{len(chronicle.facts)} facts are hidden in it, such as "{example.sentence}"\n', flush=True)
 
 
 def _answerer(params, tree, tokenizer):

@@ -287,6 +287,13 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     command.add_argument(
         "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (default: 256)"
     )
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
     explained = command.add_argument_group("what was read for an answer")
     explained.add_argument(
         "--explain",

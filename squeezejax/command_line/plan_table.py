@@ -63,6 +63,8 @@ def _setting(made: Plan, params):
     )
     yield f"context   {made.num_tokens:,} tokens, {clusters} clusters a head"
     yield f"users     {made.users}, with room for {made.room:,} tokens each"
+    if made.dense_because is not None:
+        yield f"answers   densely: {made.dense_because}"
     yield f"mesh      {' × '.join(f'{name} {size}' for name, size in axes)}"
 
 

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from squeezejax.arguments import check_number
 from squeezejax.tree import Tree
@@ -39,3 +40,18 @@ def dense_if_cheaper(tree: Tree, sparsity, log_T):
 def _dense_if_cheaper(sparsity, log_T, fixed: float, by_list: float):
     kept = 1 - sparsity
     return jnp.where((fixed + by_list * kept >= 1) & (kept > 0), -jnp.inf, log_T)
+
+
+def why_dense(tree: Tree, sparsity: float, implementation: str | None) -> str | None:
+    """Why a request reads every key, in a sentence's words; None where keys are chosen.
+
+    `sparsity` is one number of the host; the tree may be shapes only.
+    """
+    if sparsity <= 0:
+        return f"sparsity {sparsity:g} was asked for"
+    if implementation is not None or np.all(dense_if_cheaper(tree, sparsity, np.zeros(1, np.float32)) == 0):
+        return None
+    return (
+        f"in a text of {tree.num_keys:,} keys, at sparsity {sparsity:g}, choosing keys would take longer than reading "
+        "all (a named implementation chooses them anyway)"
+    )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole
+from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole, on_device
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
 from squeezejax.online.attention import attend_user
@@ -220,6 +220,11 @@ def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> S
     # Tokens that found no room (only under a caller's jit) were dropped, and must not count later, when there is some.
     total = jnp.minimum(state.lengths + lengths, state.room)
     return State(*cache, lengths=total, logits=logits, kept_fraction=kept)
+
+
+def read_one(params, tree: Tree, state: State, tokens, reading: Reading) -> State:
+    """The state after one more token a user, i32[B], for which it has room: `decode` where somebody else draws."""
+    return _prefill(params, tree, state, tokens[:, None], on_device(np.ones(len(tokens)), jnp.int32), reading)
 
 
 class _Loop(NamedTuple):
