@@ -168,7 +168,9 @@ def check(sizes, B=1, K=2, G=4, H=64, L=2, S=800, fraction=0.4, dead=0.1, seed=0
             children = children if active[b] else children[:0]
             touched[depth][layer, k, children] = True
             before = (layer * K + k) * sizes[depth] % 8 if whole else 0
-            starts, counts = (np.asarray(x)[found[depth - 1][1] & active[b]] for x in above[3:])
+            starts, counts = (
+                np.asarray(x)[found[depth - 1][1] & active[b]] for x in (above.child_starts, above.child_counts)
+            )
             first, last = (starts + before) // 8, (starts + before + counts - 1) // 8
             granules[depth, b * K + k] = (last - first + 1)[counts > 0].sum()
     for depth in range(1, len(levels)):
