@@ -135,7 +135,10 @@ def run(case: str, fault: str | None) -> tuple[str, dict]:
     elif "AssertionError" in complaint:
         seen.append("a wrong result")
     elif process.returncode:
-        seen.append("an error: " + complaint.strip().splitlines()[-1][:110].replace("|", "/"))
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", complaint, re.M) or [
+            "it ended with " + str(process.returncode)
+        ]
+        seen.append("an error: " + errors[-1][:110].replace("|", "/"))
     return ", ".join(seen) or NOTHING, sites
 
 
