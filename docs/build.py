@@ -12,7 +12,6 @@ import squeezejax.models  # noqa: F401 - documented too
 # What is meant to be called, and what a backend of somebody else's needs.
 PAGES = (
     "squeezejax",
-    "squeezejax.text",
     "squeezejax.models",
     "squeezejax.models.config",
     "squeezejax.models.llama",

@@ -16,6 +16,9 @@ import numpy as np
 BITS = (1, 2, 4, 8)
 SHRINKS = (1.0, 0.85, 0.7, 0.55, 0.42)  # steps tried, as parts of that which just holds the largest number
 
+FEW_ROWS = 16  # up to so many, `dots` is bound by unpacking, not by products
+FINER = 254.0  # what rounding to a byte leaves, at most half a unit, fills a byte again
+
 
 class Codes(NamedTuple):
     """Rows of numbers in few bits."""
@@ -72,6 +75,47 @@ def encode(x, bits: int) -> Codes:
 def decode(codes: Codes, H: int):
     """The rounded rows f32[… H], in the turned space."""
     return unpack(codes.packed, H) * codes.steps.astype(jnp.float32)[..., None]
+
+
+def dots(packed, rows):
+    """rows f32[… M H] · the levels of packed u8[… J bits·⌈H/8⌉] -> f32[… M J], in units of each packed row's step."""
+    M, H = rows.shape[-2:]
+    by_floats = lambda packed, rows: jnp.einsum(
+        "...MH,...JH->...MJ", rows, unpack(packed, H), precision=jax.lax.Precision.HIGHEST
+    )
+    if M > FEW_ROWS or packed.shape[-1] % 4:
+        return by_floats(packed, rows)
+    return jax.lax.platform_dependent(packed, rows, cpu=_dots_by_integers, default=by_floats)
+
+
+def _dots_by_integers(packed, rows):
+    """`dots` with levels as bytes and rows in fixed point: four times as fast as floats in XLA on a CPU."""
+    size, H = packed.shape[-1], rows.shape[-1]
+    bits = size // -(-H // 8)
+    # Four bytes at once: XLA's loops over 32-bit words fill vector registers, those over bytes do not.
+    words = jax.lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], size // 4, 4), jnp.uint32)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint32).reshape((1,) * (words.ndim - 1) + (-1, 1))
+    levels = (words[..., None, :] >> shifts) & jnp.uint32((2**bits - 1) * 0x01010101)
+    lowest = 0
+    if bits == 8:  # as signed bytes, which begin at −128
+        levels, lowest = levels ^ jnp.uint32(0x80808080), -128
+    levels = jax.lax.bitcast_convert_type(levels, jnp.int8).reshape(*packed.shape[:-1], -1)
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, levels.shape[-1] - H)]
+    pieces, unit = _fixed_point(jnp.pad(rows, padding))
+    found = jnp.einsum("...MH,...JH->...MJ", pieces, levels, preferred_element_type=jnp.int32).astype(jnp.float32)
+    high, middle, low = jnp.split(found, 3, axis=-2)
+    total = (high + (middle + low / FINER) / FINER) * unit
+    return total - ((2**bits - 1) / 2 + lowest) * jnp.sum(rows, axis=-1, keepdims=True)
+
+
+def _fixed_point(rows):
+    """rows f32[… M H] as integers: (i8[… 3·M H], each third counting in units 254 times finer, unit f32[… M 1])."""
+    unit = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+    rest, pieces = rows / unit, []
+    for _ in range(3):
+        pieces.append(jnp.round(rest))
+        rest = (rest - pieces[-1]) * FINER
+    return jnp.concatenate(pieces, axis=-2).astype(jnp.int8), unit
 
 
 def unpack(packed, H: int):

@@ -113,3 +113,30 @@ def test_codes_are_the_same_under_jit_and_vmap(bits):
     rows = rows_of(24)
     one, many = encode(rows, bits), jax.vmap(lambda row: codes.encode(row, bits))(rows)
     np.testing.assert_array_equal(oracle.decode(*one, bits, 24), oracle.decode(*many, bits, 24))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, codes.FEW_ROWS, codes.FEW_ROWS + 1])
+@pytest.mark.parametrize("bits", codes.BITS)
+@pytest.mark.parametrize("H", [12, 32, 72, 128])
+def test_products_with_levels_are_as_exact_as_floats(H, bits, num_rows):
+    """By integers or not, and also for rows that are zero, tiny or huge."""
+    rng = np.random.default_rng([H, bits, num_rows])
+    levels = rng.integers(0, 2**bits, (3, 17, H))
+    packed = codes._pack(jnp.asarray(levels, jnp.uint8), bits)
+    rows = rng.normal(size=(3, num_rows, H)) * 10.0 ** rng.uniform(-30, 30, (3, num_rows, 1))
+    rows[0, 0] = 0
+    rows = rows.astype(np.float32)
+    found = jax.jit(codes.dots)(packed, rows)
+    exact = np.einsum("UMH,UJH->UMJ", np.float64(rows), levels - (2**bits - 1) / 2)
+    # What H products of numbers up to these may come to, in float32.
+    largest = np.abs(np.float64(rows)).max(axis=2)[:, :, None] * 2**bits * H
+    assert np.all(np.abs(found - exact) <= 2e-7 * largest)
+
+
+def test_few_rows_are_multiplied_as_bytes_on_a_cpu():
+    """The fast path is there: the compiled program multiplies bytes, and for many rows it does not."""
+    text = lambda num_rows: (
+        jax.jit(codes.dots).lower(jnp.zeros((64, 32), jnp.uint8), jnp.zeros((num_rows, 128), jnp.float32)).as_text()
+    )
+    assert "xi8>" in text(codes.FEW_ROWS)
+    assert "xi8>" not in text(codes.FEW_ROWS + 1).replace("xui8>", "")

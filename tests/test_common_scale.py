@@ -15,6 +15,7 @@ from squeezejax import Estimate, SqueezeConfig
 from squeezejax.online.attention import attend_user
 from squeezejax.online.reading import reading_of
 from squeezejax.pallas_kernels.interface import Own, Reading
+from squeezejax.pallas_kernels.xla import common_scale
 
 L, K, G, H, S, W, SINKS = 2, 2, 2, 6, 90, 7, 3
 LEVELS = {1: (12,), 2: (4, 12), 3: (3, 6, 12)}
@@ -482,3 +483,17 @@ def test_mass_chooses_whole_clusters():
     assert kept[0] < kept[1] < kept[2] == 1
     missed = [float(one.missed[0]) for one in found]
     assert missed[0] > missed[1] > missed[2] == 0
+
+
+def test_exceeding_a_threshold_is_what_the_mean_says():
+    """Rows that take no part, infinite thresholds, and scores far beyond what exp can hold."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.normal(size=(4, 50)) * np.array([[1], [30], [1], [900]]), jnp.float32)
+    lse = jnp.asarray([3.0, 60.0, 2.0, -5.0], jnp.float32)
+    for valid in ([True] * 4, [True, False, True, False], [False] * 4):
+        valid = jnp.asarray(valid)
+        log_A = common_scale.log_mean(scores.T, lse, valid)
+        for log_t in (-np.inf, -8.0, -2.5, 0.0, 200.0, np.inf):
+            found = common_scale.exceeds(scores, lse, valid, jnp.float32(log_t))
+            near = np.isclose(log_A, log_t, atol=1e-5)
+            np.testing.assert_array_equal(np.asarray(found)[~near], np.asarray(log_A > log_t)[~near])

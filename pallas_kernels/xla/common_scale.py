@@ -86,8 +86,8 @@ def cluster_dots(level, plain, turned):
     dot = lambda numbers, q: jnp.einsum("CH,MH->CM", numbers, q, precision=jax.lax.Precision.HIGHEST)
     if level.codes is None:
         return dot(level.centroids.astype(jnp.float32), plain)
-    found = codes.Codes(level.codes, level.steps)
-    return dot(codes.decode(found, plain.shape[-1]), turned) + dot(level.offset[None], turned)
+    rounded = codes.dots(level.codes, turned).T * level.steps.astype(jnp.float32)[:, None]
+    return rounded + dot(level.offset[None], turned)
 
 
 def log_mean(scores, lse, valid):
@@ -99,6 +99,13 @@ def log_mean(scores, lse, valid):
     return jnp.where(
         num_rows > 0, top + jnp.log(jnp.maximum(total, 1.0)) - jnp.log(jnp.maximum(num_rows, 1.0)), -jnp.inf
     )
+
+
+def exceeds(scores, lse, valid, log_t):
+    """bool[J]: whether `log_mean` of scores f32[M J] exceeds log_t f32[], without a logarithm a column."""
+    # A mean above exp(log T) is one above 1 where every share is taken over exp(log T); infinite log T come out right.
+    shares = jnp.exp(scores - (lse + log_t)[:, None])
+    return jnp.sum(jnp.where(valid[:, None], shares, 0.0), axis=0) > jnp.sum(valid.astype(jnp.float32))
 
 
 def correct(lse, denominators):
@@ -200,7 +207,7 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
 
     key_codes, leading axes [L·K R]; dots f32[U C M] of the finest clusters, values of the same; runs of rows.
     """
-    U, _, H = query.plain.shape
+    U = len(query.head)
     R = key_codes.packed.shape[1]
     block, lane = min(BLOCK, R), jnp.arange(U)[:, None]
 
@@ -208,15 +215,14 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
         found, used, left = state
         rows, owners, listed = _listed(runs, i, block)
         take = lambda leaf, numbers=rows: leaf.at[query.head[:, None], numbers].get(mode="promise_in_bounds")
-        levels = codes.unpack(take(key_codes.packed), H)
-        residual = jnp.einsum("UJH,UMH->UJM", levels, query.turned, preferred_element_type=jnp.float32)
-        of_cluster = dots.at[lane, owners].get(mode="promise_in_bounds")
-        scores = of_cluster + take(key_codes.steps).astype(jnp.float32)[:, :, None] * residual
-        kept = listed & (jax.vmap(log_mean)(scores, lse, query.valid) > log_t)
+        residual = codes.dots(take(key_codes.packed), query.turned)  # [U M J]
+        of_cluster = jnp.swapaxes(dots.at[lane, owners].get(mode="promise_in_bounds"), 1, 2)
+        scores = of_cluster + take(key_codes.steps).astype(jnp.float32)[:, None, :] * residual
+        kept = listed & jax.vmap(exceeds)(scores, lse, query.valid, log_t[:, 0])
         slot = jnp.where(kept, used[:, None] + jnp.cumsum(kept, axis=1) - 1, R)
         found = found.at[lane, slot].set(rows, mode="drop")
         if left is not None:
-            left = _leave(left, scores, listed & ~kept, take(values, owners))
+            left = _leave(left, jnp.swapaxes(scores, 1, 2), listed & ~kept, take(values, owners))
         return found, used + jnp.sum(kept, axis=1, dtype=jnp.int32), left
 
     start = (jnp.zeros((U, R), jnp.int32), jnp.zeros(U, jnp.int32), left)

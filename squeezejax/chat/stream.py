@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax.arguments import on_device
 from squeezejax.online.fallback import why_dense
 from squeezejax.online.generate import State, prefill, read_one
 from squeezejax.online.reading import reading_of
@@ -79,7 +80,7 @@ class Session:
         started = time.perf_counter()
         self._read(ids)
         options = self.options
-        prefill_kept = float(self._state.kept_fraction[0])
+        prefill_kept = _number(self._state.kept_fraction)
         self.stats = Stats(kept=prefill_kept, prefill_kept=prefill_kept)
         key = jax.random.fold_in(jax.random.key(options.seed), self._replies)
         self._replies += 1
@@ -88,12 +89,12 @@ class Session:
         kept = 0.0
         for number in range(options.max_new_tokens):
             drawn = _draw(self._state.logits, sampling, number)
-            token = int(drawn[0])
+            token = _number(drawn)
             self.stats.seconds = time.perf_counter() - started
             yield token
             self._state = read_one(self._params, self._tree, self._state, drawn, reading)
             self._ids.append(token)
-            kept += float(self._state.kept_fraction[0])
+            kept += _number(self._state.kept_fraction)
             self.stats.kept = kept / (number + 1)
             if token in options.stop_tokens:
                 return
@@ -108,7 +109,7 @@ class Session:
         state = self._state
         if state is not None:
             # Rows beyond the length are never attended, so a shorter length forgets what came after.
-            state = dataclasses.replace(state, lengths=jnp.full(1, common, jnp.int32))
+            state = dataclasses.replace(state, lengths=on_device([common], jnp.int32))
         new = ids[common:]
         padded = pad(new)
         used = common + padded.shape[1]
@@ -134,6 +135,11 @@ class Session:
     def rehearse(self, ids: list[int]):
         """Compiles what `reply(ids)` will need and changes nothing, so that its time is not the compiler's."""
         list(itertools.islice(copy.copy(self).reply(ids), 2))  # the second token comes when the first has been read
+
+
+def _number(array):
+    """The one user's, [1]; indexing on the device would compile programs of its own."""
+    return jax.device_get(array).item()
 
 
 @jax.jit

@@ -8,8 +8,9 @@ import datetime
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What tokenizer_config.json may say without making a difference to token ids, or what `PlainTokenizer` follows.
@@ -34,17 +35,25 @@ _OTHER_FILES = ("added_tokens.json", "additional_chat_templates", "chat_template
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; transformers' fast ones have it."""
 
-    chat_template: str | None
-    bos_token_id: int | None
-    eos_token_id: int | None
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja's text of how a conversation is written."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True, **options: Any):
+    @property
+    def bos_token_id(self) -> int | None:
+        """The id of the token that begins a text."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the token that ends a reply."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping:
         """A mapping with `input_ids`, a list."""
 
-    def decode(self, token_ids, *, skip_special_tokens: bool = False, **options: Any) -> str:
+    def decode(self, token_ids, *, skip_special_tokens: bool = False, clean_up_tokenization_spaces=False) -> str:
         """The text of ids."""
 
-    def apply_chat_template(self, conversation, **options: Any) -> str:
+    def apply_chat_template(self, conversation, *, tokenize: bool = False, add_generation_prompt: bool = False) -> str:
         """The text of a conversation."""
 
 
@@ -89,10 +98,15 @@ class PlainTokenizer:
 
     def __init__(self, backend, special: dict[str, str], chat_template: str | None):
         """backend, of the library `tokenizers`; `special`, tokens by the name that templates know them by."""
-        self._backend, self._special, self.chat_template = backend, special, chat_template
+        self._backend, self._special, self._chat_template = backend, special, chat_template
         # As in transformers, what tokenizer.json says of lengths is for callers who ask for it, and none does here.
         backend.no_truncation()
         backend.no_padding()
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja's text of how a conversation is written."""
+        return self._chat_template
 
     @property
     def bos_token_id(self) -> int | None:

@@ -9,7 +9,11 @@ import time
 PATIENCE = 1.0  # seconds before anything is said
 _TICK = 0.2
 
-_compiling = threading.Event()  # whether XLA is at work, in this process
+
+class _Compiler:
+    """When XLA last began to compile in this process; None while it does not."""
+
+    since: float | None = None
 
 
 @contextlib.contextmanager
@@ -27,22 +31,24 @@ def waiting_for(what: str):
 
 
 def _tell(what: str, over: threading.Event, stream):
-    started, said = time.monotonic(), ""
+    started, said = time.monotonic(), [""]
     in_place = stream is not None and stream.isatty()
     while not over.wait(_TICK):
-        seconds = time.monotonic() - started
-        if seconds < PATIENCE or stream is None:
+        now, compiling = time.monotonic(), _Compiler.since
+        if now - started < PATIENCE or stream is None:
             continue
-        now = f"squeezejax: {what}" + (": compiling, once for this machine" if _compiling.is_set() else "")
+        line = f"squeezejax: {what}"
+        if compiling is not None and now - compiling >= PATIENCE:  # less: it was found in the cache
+            line += ": compiling, once for this machine"
         if in_place:
-            line = f"{now} … {seconds:.0f} s"
-            print("\r" + line.ljust(len(said)), end="", file=stream, flush=True)
-            said = line
-        elif now != said:
-            print(f"{now} …", file=stream, flush=True)
-            said = now
-    if in_place and said:
-        print("\r" + " " * len(said) + "\r", end="", file=stream, flush=True)
+            line += f" … {now - started:.0f} s"
+            print("\r" + line.ljust(len(said[-1])), end="", file=stream, flush=True)
+            said.append(line)
+        elif line not in said:
+            print(f"{line} …", file=stream, flush=True)
+            said.append(line)
+    if in_place:
+        print("\r" + " " * len(said[-1]) + "\r", end="", file=stream, flush=True)
 
 
 @functools.cache
@@ -52,8 +58,8 @@ def _listen():
 
     def hear(event: str, *_, **__):
         if event.endswith("jaxpr_to_mlir_module_duration"):  # what comes before compiling has ended
-            _compiling.set()
+            _Compiler.since = time.monotonic()
         elif event.endswith("backend_compile_duration"):
-            _compiling.clear()
+            _Compiler.since = None
 
     jax.monitoring.register_event_duration_secs_listener(hear)

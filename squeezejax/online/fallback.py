@@ -49,7 +49,7 @@ def why_dense(tree: Tree, sparsity: float, implementation: str | None) -> str | 
     """
     if sparsity <= 0:
         return f"sparsity {sparsity:g} was asked for"
-    if implementation is not None or np.all(dense_if_cheaper(tree, sparsity, np.zeros(1, np.float32)) == 0):
+    if implementation is not None or np.all(np.asarray(dense_if_cheaper(tree, sparsity, np.zeros(1, np.float32))) == 0):
         return None
     return (
         f"in a text of {tree.num_keys:,} keys, at sparsity {sparsity:g}, choosing keys would take longer than reading "
