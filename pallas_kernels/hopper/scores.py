@@ -52,14 +52,15 @@ LEAST_BYTES = 16  # of a row, which TMA can fetch
 class Config:
     """Tuning of the kernel."""
 
-    columns: int = 64  # head entries of a tile of rows in registers at once
+    columns: int = 64  # head entries of a tile of plain rows in registers at once
+    bytes: int = 32  # the same, of codes
     heads: int = 4  # query heads, at most, for which plain numbers are used before they are read again
     ctas_a_multiprocessor: int = 2
     ctas_for_codes: int = 4  # the same, where tiles are small
 
     def __post_init__(self):
-        if self.columns % 32:
-            raise ValueError(f"columns must be a multiple of 32, got {self.columns}")
+        if self.columns % 32 or self.bytes % 16:
+            raise ValueError(f"columns must be a multiple of 32 and bytes one of 16, got {self}")
 
 
 class Query(NamedTuple):
@@ -114,7 +115,8 @@ def score_tiles(
     coded, listed = numbers.dtype == jnp.uint8, lists.items is not None
     M = -(-G // 8) * 8
     num_ctas = count_ctas(config.ctas_for_codes if coded else config.ctas_a_multiprocessor)
-    pieces = [(c, min(config.columns, width - c)) for c in range(0, width, config.columns)]
+    at_once = config.bytes if coded else config.columns
+    pieces = [(c, min(at_once, width - c)) for c in range(0, width, at_once)]
     multiply = _Codes(width, H, M, pieces) if coded else _Plain(G, H, M, pieces, config.heads)
     lists_read = [lists.num_items, lists.items] if listed else []
     scratch = scratch or {}
@@ -223,7 +225,7 @@ class _Codes:
     pieces: list
 
     def scratch(self) -> dict:
-        transforms = swizzled(self.width)
+        transforms = swizzled(math.gcd(*(size for _, size in self.pieces)))  # whole tiles of levels are written
         return {
             "q_sm": plgpu.SMEM((PARTS * self.num_columns, self.head_dim), jnp.bfloat16, transforms=transforms),
             "levels_sm": plgpu.SMEM((TILE, self.head_dim), jnp.bfloat16, transforms=transforms),

@@ -15,8 +15,8 @@ if importlib.util.find_spec("jax_plugins.xla_cuda13") is None and importlib.util
 # Kernels: scores, marks and lists of each level; scores and lists of keys; attention; merge. Launches: also what XLA
 # sums up between them, and for codes the queries' parts and terms.
 CASES = {
-    "flat": ({"head_dim": 128, "group": 4}, 5, 9),
-    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 14),
+    "flat": ({"head_dim": 128, "group": 4}, 5, 10),
+    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 18),
     "codes": ({"head_dim": 128, "group": 4, "users": 2, "ours": True}, 7, 30),
 }
 PROGRAM = """
