@@ -73,7 +73,7 @@ CASES = (
     Case(128, 4, num_keys=2**19, fractions=(0.01, 0.05)),
     Case(128, 4, num_keys=2**21, fractions=(0.002, 0.01, 0.05)),
     Case(128, 4, users=32, fractions=(0.01, 0.05)),
-    *(Case(head_dim, group, ours=True) for head_dim, group in ((64, 4), (128, 4), (128, 16), (256, 4))),
+    *(Case(head_dim, group, ours=True) for head_dim, group in ((64, 4), (128, 4), (128, 16))),
     Case(128, 4, users=8, fractions=(0.01, 0.05), ours=True),
 )
 

@@ -145,6 +145,10 @@ def _index_bits(tree) -> tuple[int, ...]:
         if coarsest.centroids is None or coarsest.centroids.dtype != "f4":
             raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
         return ()
+    from squeezejax.pallas_kernels.hopper.scores import CODED_HEAD_DIMS
+
+    if tree.keys.shape[-1] not in CODED_HEAD_DIMS:
+        raise NotImplementedError(f"the kernels score codes of head sizes {CODED_HEAD_DIMS}, got {tree.keys.shape[-1]}")
     packed = [coarsest.codes, *([tree.key_codes] if config.key_bits else [])]
     if any(x is None or x.shape[-1] % 16 for x in packed):  # the least that TMA can fetch
         raise NotImplementedError(

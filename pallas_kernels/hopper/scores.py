@@ -45,7 +45,7 @@ from squeezejax.pallas_kernels.hopper.work_list import (
 )
 
 PARTS = 3  # bfloat16 numbers that make up a float32 one
-LEAST_BYTES = 16  # of a row, which TMA can fetch
+CODED_HEAD_DIMS = (64, 128)  # of 256, registers spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Config:
     """Tuning of the kernel."""
 
     columns: int = 64  # head entries of a tile of plain rows in registers at once
-    bytes: int = 32  # the same, of codes
+    bytes: int = 64  # the same, of codes
     heads: int = 4  # query heads, at most, for which plain numbers are used before they are read again
     ctas_a_multiprocessor: int = 2
     ctas_for_codes: int = 4  # the same, where tiles are small

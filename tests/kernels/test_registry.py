@@ -114,8 +114,10 @@ def test_the_default_index_is_decoded_by_kernels_and_prefilled_by_xla():
     assert hopper.check("decode", *by_our_rule(64, jnp.float16, index_bits=8, key_bits=4)) == (64, 4, "float16", 8, 4)
     with pytest.raises(NotImplementedError, match="blocks of tokens take trees of the paper's rule"):
         hopper.check("prefill", *by_our_rule())
-    with pytest.raises(NotImplementedError, match="multiples of 16 bytes, got index_bits=4 and key_bits=2 of 96"):
-        hopper.check("decode", *by_our_rule(96))
+    with pytest.raises(NotImplementedError, match="multiples of 16 bytes, got index_bits=4 and key_bits=1 of 64"):
+        hopper.check("decode", *by_our_rule(64, key_bits=1))
+    with pytest.raises(NotImplementedError, match="codes of head sizes"):
+        hopper.check("decode", *by_our_rule(256))
     with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
         hopper.check("decode", *by_our_rule(dtype=jnp.int8))
 
