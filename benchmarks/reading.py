@@ -36,7 +36,9 @@ def main(arguments=None):
     report["rows"] = rows = []
     for dtype in options.dtypes:
         with contextlib.ExitStack() as open_workers:
-            workers = {name: open_workers.enter_context(Worker(name, dtype, model, options)) for name in LIBRARIES}
+            workers = {
+                name: open_workers.enter_context(Worker(_command(name, dtype, model, options))) for name in LIBRARIES
+            }
             limit = max(max(worker.ask("products") for worker in workers.values()) for _ in range(2))
             for tokens in options.tokens:
                 row = _compare(workers, tokens, 1 if tokens > 8192 else options.rounds)
@@ -49,13 +51,13 @@ def main(arguments=None):
 
 
 class Worker:
-    """A process that reads contexts with one library when it is asked to."""
+    """A process that answers questions of a line with a number each, so that several can take turns."""
 
-    def __init__(self, library: str, dtype: str, model: Path, options):
-        command = [sys.executable, "-m", "benchmarks.reading", "--worker", library, "--dtypes", dtype]
-        command += ["--model", str(model), "--threads", str(options.threads)]
-        command += ["--layers", str(options.layers)] if options.layers else []
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: list[str]):
+        """Arguments of Python."""
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> "Worker":
         return self
@@ -65,12 +67,18 @@ class Worker:
         self._process.wait()
 
     def ask(self, what) -> float:
-        """Seconds of reading so many tokens, or operations a second of "products"."""
+        """The answer: here, seconds of reading so many tokens, or operations a second of "products"."""
         print(what, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("a process of the benchmark ended: its message is above")
         return float(answer)
+
+
+def _command(library: str, dtype: str, model: Path, options) -> list[str]:
+    command = ["-m", "benchmarks.reading", "--worker", library, "--dtypes", dtype, "--model", str(model)]
+    command += ["--threads", str(options.threads)]
+    return command + (["--layers", str(options.layers)] if options.layers else [])
 
 
 def _compare(workers, tokens: int, rounds: int) -> dict:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 class Reading:
     """How a fixed context is read: what decides which keys, what is estimated of the others, and by whom."""
 
-    log_T: jax.Array | None = None  # f32[levels], log thresholds coarse → fine; None = every key, unless min_mass
+    # f32[levels], log thresholds coarse → fine, or [B levels], a user's own; None = every key, unless min_mass.
+    log_T: jax.Array | None = None
     # The same for W query tokens that select together; between one and W tokens, in proportion to the log of their
     # number. None: `log_T` whatever their number.
     block_log_T: jax.Array | None = None
@@ -30,16 +31,23 @@ class Reading:
     missed_mass: bool = dataclasses.field(default=False, metadata={"static": True})  # say how much that was
     implementation: str = dataclasses.field(default="xla", metadata={"static": True})  # from `registry.resolve`
 
+    @property
+    def per_user(self) -> bool:
+        """Whether every user has thresholds of their own."""
+        return self.log_T is not None and self.log_T.ndim == 2
+
+    def log_T_of_users(self, B: int) -> jax.Array:
+        """log T f32[B levels]."""
+        return jnp.broadcast_to(jnp.atleast_2d(self.log_T), (B, self.log_T.shape[-1]))
+
     def log_T_of(self, num_tokens, W: int) -> jax.Array:
-        """log T f32[… levels] for selections of num_tokens f32[…] query tokens; W, tokens behind `block_log_T`."""
+        """log T f32[B levels] for selections of num_tokens f32[B] query tokens; W, tokens behind `block_log_T`."""
         if self.block_log_T is None:
-            return jnp.broadcast_to(self.log_T, (*num_tokens.shape, *self.log_T.shape))
-        share = jnp.log(jnp.clip(num_tokens, 1.0, W)) / math.log(max(W, 2))
-        one, block = (x.reshape((1,) * num_tokens.ndim + x.shape) for x in (self.log_T, self.block_log_T))
+            return self.log_T_of_users(len(num_tokens))
+        share = (jnp.log(jnp.clip(num_tokens, 1.0, W)) / math.log(max(W, 2)))[:, None]
+        one, block = jnp.atleast_2d(self.log_T), jnp.atleast_2d(self.block_log_T)
         # −∞ and +∞ stand in both or in none, and would give NaN.
-        both = (1 - share[..., None]) * jnp.where(jnp.isinf(one), 0.0, one) + share[..., None] * jnp.where(
-            jnp.isinf(block), 0.0, block
-        )
+        both = (1 - share) * jnp.where(jnp.isinf(one), 0.0, one) + share * jnp.where(jnp.isinf(block), 0.0, block)
         return jnp.where(jnp.isinf(one), one, jnp.where(jnp.isinf(block), block, both))
 
     @property

@@ -93,8 +93,8 @@ def _raw_key_shape(kind: str) -> tuple[int, ...]:
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=kind))).shape
 
 
-def check_stop_tokens(stop_tokens) -> jax.Array:
-    """i32[1 n], or i32[B n] for different ones a user, from None, one id, or any collection of them."""
+def check_stop_tokens(stop_tokens) -> jax.Array | np.ndarray:
+    """[1 n], or [B n] for different ones a user, where they were given: None, one id, or any collection of them."""
     if stop_tokens is None:
         stop_tokens = ()
     elif isinstance(stop_tokens, Set):
@@ -107,7 +107,6 @@ def check_stop_tokens(stop_tokens) -> jax.Array:
         raise ValueError(f"stop_tokens must be {wanted}, got {_brief(stop_tokens)}")
     if not isinstance(array, jax.Array) and array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise ValueError(f"stop_tokens must be {wanted}, below 2³¹, got {_brief(stop_tokens)}")
-    array = on_device(array, jnp.int32)
     return array if array.ndim == 2 else array.reshape(1, -1)
 
 
@@ -145,8 +144,8 @@ def check_model(params, tree):
         )
 
 
-def check_tokens(tokens, vocab_size: int) -> jax.Array:
-    """tokens i32[B T] from i32[B T] or i32[T], after checks of dtype, rank and, for values on the host, range."""
+def check_tokens(tokens, vocab_size: int) -> jax.Array | np.ndarray:
+    """tokens [B T], where they were given, from [B T] or [T]: checked for dtype, rank and, on the host, range."""
     on_host = not isinstance(tokens, jax.Array)
     if hasattr(tokens, "keys"):
         raise ValueError(
@@ -166,7 +165,7 @@ def check_tokens(tokens, vocab_size: int) -> jax.Array:
         raise ValueError(f"tokens must be integers [B T] or [T], got {tokens.dtype} of shape {tokens.shape}")
     if on_host and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise ValueError(f"token ids must lie in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
-    return on_device(tokens, jnp.int32)
+    return tokens
 
 
 def check_context(tokens, vocab_size: int) -> jax.Array:
@@ -180,7 +179,7 @@ def check_context(tokens, vocab_size: int) -> jax.Array:
     tokens = check_tokens(tokens, vocab_size)
     if tokens.shape[0] != 1:
         raise ValueError(f"one context at a time, tokens i32[T], not {list(tokens.shape)}")
-    return tokens
+    return on_device(tokens, jnp.int32)
 
 
 def check_lengths(lengths, B: int, T: int) -> jax.Array:

@@ -26,6 +26,10 @@ from squeezejax.tree import Level, Tree, stack_layers
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
 # unit rows, rows by cluster, their sums, …, as compiled on a CPU.
 CLUSTERING_COPIES = {4: 5, 2: 8}
+# What a process on a CPU has beside its arrays: Python, JAX, compiled programs and what compiling them leaves behind.
+# Resident sets less the arrays, seen with SmolLM2 over 2,000 to 8,000 tokens (benchmarks/notes/prefill_cpu.md).
+PROCESS_BUILDING = 950_000_000
+PROCESS_ANSWERING = 730_000_000
 # Score "variance": a level leaves about so many times the keys that are kept in the end, which the next one looks at.
 CANDIDATES = 3.0
 
@@ -54,6 +58,16 @@ class Memory:
     def answering(self) -> int:
         """Weights, tree and state: certainly alive at once while questions are answered."""
         return self.weights + self.tree + self.state
+
+    @property
+    def resident_building(self) -> int:
+        """The largest resident set of a process that builds on a CPU, which has programs and arrays; estimated."""
+        return self.build_peak + PROCESS_BUILDING
+
+    @property
+    def resident_answering(self) -> int:
+        """The same of a process that answers."""
+        return self.answering + self.temporaries + PROCESS_ANSWERING
 
 
 @dataclasses.dataclass(frozen=True)

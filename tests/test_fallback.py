@@ -60,6 +60,12 @@ def test_rule_by_hand(tree, monkeypatch, read, sparsity, falls_back):
     assert falls_back or rule(sparsity)[0] == log_T[0]
 
 
+def test_every_user_falls_back_alone(tree, monkeypatch):
+    monkeypatch.setattr(fallback, "OVERHEAD", 0.0)
+    found = fallback.dense_if_cheaper(tree, np.array([0.3, 0.9, 1.0]), jnp.full((3, 1), -3.0))
+    np.testing.assert_array_equal(found, [[-np.inf], [-3.0], [-3.0]])
+
+
 def test_why_dense(tree, monkeypatch):
     why = fallback.why_dense(tree, 0.9, None)
     assert why.startswith("in a text of 60 keys, at sparsity 0.9, choosing keys would take longer")
@@ -108,6 +114,9 @@ def test_selection_attention_and_answers_say_so(tree):
     params = jax.jit(lambda key: Llama(MODEL, key=key))(jax.random.key(0, impl="unsafe_rbg"))
     ask = lambda **options: squeezejax.generate(params, tree, [1, 2, 3], max_new_tokens=3, sparsity=0.9, **options)
     assert ask().kept_fraction[0] == ask().prefill_kept_fraction[0] == 1
+    assert ask().dense_because == "choosing keys would take longer than reading all"
+    assert ask(implementation="xla").dense_because is None
+    assert squeezejax.generate(params, tree, [1, 2, 3], max_new_tokens=3, sparsity=0.0).dense_because is None
     assert ask(implementation="xla").kept_fraction[0] < 1
     state = squeezejax.prefill(params, tree, [1, 2, 3], sparsity=0.9)
     assert state.kept_fraction[0] == squeezejax.decode(params, tree, state, 2, sparsity=0.9)[0].kept_fraction[0] == 1

@@ -228,8 +228,9 @@ def test_a_second_turn_follows_the_answer(params, tree):
 
 @pytest.fixture(scope="module")
 def narrow(params, tree):
-    """A state with room for two more tokens, or four."""
-    return prefill(params, tree, QUESTIONS, capacity=2, lengths=np.array([T, T - 2]))
+    """A state with room for two more tokens, or four: made under jit, where room is not rounded up."""
+    lengths = np.array([T, T - 2])
+    return jax.jit(lambda tree: prefill(params, tree, QUESTIONS, capacity=2, lengths=lengths))(tree)
 
 
 def test_capacity_is_room_for_later_tokens(params, tree, narrow):
@@ -318,7 +319,8 @@ def test_the_loop_ends_when_everyone_has_stopped(params, tree, answer, monkeypat
     monkeypatch.setitem(module, "sample", counted)
     stops = tuple(int(row[1]) for row in answer.tokens)
     lengths = [stopped(row, stops)[1] for row in np.asarray(answer.tokens).tolist()]
-    found = generate(params, tree, QUESTIONS, max_new_tokens=NEW + 5, stop_tokens=stops)
+    # More tokens than any other test asks for: a program of its own, or `sample` would not be looked up again.
+    found = generate(params, tree, QUESTIONS, max_new_tokens=NEW + 64, stop_tokens=stops)
     jax.block_until_ready(found)
     jax.effects_barrier()
     np.testing.assert_array_equal(found.lengths, lengths)
@@ -486,7 +488,10 @@ def test_uncalibrated_trees_are_refused(params, tree):
         (QUESTIONS, {"temperature": 0.7}, "give a key"),
         (QUESTIONS, {"top_k": 0}, "top_k"),
         (QUESTIONS, {"top_p": 2.0}, "top_p"),
-        (QUESTIONS, {"sparsity": [0.5, 0.6]}, "one number"),
+        (QUESTIONS, {"sparsity": [0.5, 0.6, 0.7]}, "sparsity is given for 3 users, and there are 2"),
+        (QUESTIONS, {"sparsity": [[0.5]]}, "one number"),
+        (QUESTIONS, {"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
+        (QUESTIONS, {"repetition_penalty": [1.0, 1.0, 1.0]}, "repetition_penalty is given for 3 users"),
         (QUESTIONS, {"implementation": "triton"}, "'xla', 'mosaic'"),
     ],
 )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import torch
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import squeezejax
 from squeezejax import Estimate, SqueezeConfig, dense_generate, generate
@@ -68,7 +70,7 @@ WRONG = [
     ({"max_new_tokens": True}, "must be a whole number, got True"),
     ({"max_new_tokens": 2**40}, "must be below 2³¹"),
     ({"max_new_tokens": 10**400}, "must be below 2³¹, got a number of about 400 digits"),
-    ({"max_new_tokens": 2**31 - 1}, "answering 3 users of 2,147,483,650 tokens needs at least"),
+    ({"max_new_tokens": 2**31 - 1}, "answering 3 users of 2,147,483,680 tokens needs at least"),
     ({"lengths": "3"}, "lengths must be integers"),
 ]
 
@@ -205,6 +207,74 @@ def test_stop_tokens_a_user(params, tree):
     found = dense_generate(params, tree, QUESTIONS, max_new_tokens=NEW, stop_tokens=stop)
     first = lambda token: int(np.argmax(free == token)) + 1
     np.testing.assert_array_equal(found.lengths, [first(free[0]), NEW, first(free[1])])
+
+
+PAPER = SqueezeConfig.paper(cluster_fractions=(0.1, 0.3), observation_window=4, sparsity=0.6)
+DIFFERENT = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+SPARSITIES = np.array([0.0, 0.6, 1.0])
+
+
+@pytest.mark.parametrize("estimate", [None, Estimate()], ids=["plain", "estimated"])
+@pytest.mark.parametrize("query_block", [1, None])  # few rows, which are looked up, and many, which are not
+@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["codes", "paper"])
+def test_a_sparsity_a_user(params, config, query_block, estimate):
+    config = dataclasses.replace(config, query_block=query_block)
+    tree = oracle.model_tree(params, np.random.default_rng(0).integers(0, 31, 40), config, seed=1)
+    options = {"max_new_tokens": NEW, "implementation": "xla", "estimate": estimate}
+    together = generate(params, tree, DIFFERENT, sparsity=SPARSITIES, **options)
+    for user, sparsity in enumerate(SPARSITIES):
+        alone = generate(params, tree, np.tile(DIFFERENT[user], (3, 1)), sparsity=sparsity, **options)
+        np.testing.assert_array_equal(together.tokens[user], alone.tokens[user])
+        for name in ("kept_fraction", "prefill_kept_fraction", *(["missed_mass"] if estimate else [])):
+            ours, theirs = getattr(together, name)[user], getattr(alone, name)[user]
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(together.kept_fraction[np.array([0, 2])], [1, 0])
+    assert 0.02 < together.kept_fraction[1] < 0.95
+
+
+def test_attend_and_select_take_a_sparsity_a_user(params, tree):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(3, 2, params.config.num_heads, params.config.head_dim)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 3, 2, params.config.num_kv_heads, params.config.head_dim)), jnp.float32)
+    log_T = squeezejax.log_thresholds(tree, SPARSITIES)
+    for user, sparsity in enumerate(SPARSITIES):
+        np.testing.assert_array_equal(log_T[user], squeezejax.log_thresholds(tree, sparsity))
+    attend = lambda *own, **how: squeezejax.attend(tree, *own, layer=0, implementation="xla", **how)
+    found = attend(q, k, v, sparsity=SPARSITIES)
+    for user, sparsity in enumerate(SPARSITIES):
+        alone = attend(*(x[user : user + 1] for x in (q, k, v)), sparsity=sparsity)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[user][None], found), alone, atol=1e-5)  # noqa: B023
+    chex.assert_trees_all_equal(attend(q, k, v, log_thresholds=log_T)[0].shape, found[0].shape)
+    with pytest.raises(ValueError, match="sparsity is given for 3 users, and there are 1"):
+        squeezejax.select(tree, q[0], layer=0, sparsity=SPARSITIES)
+
+
+@pytest.mark.parametrize("penalty", [1.7, 0.5, np.array([1.0, 2.5, 1.3])], ids=["1.7", "0.5", "a user"])
+def test_repetition_penalty_is_that_of_transformers(params, tree, penalty):
+    """Over the user's own tokens, padding left out, and all that was generated, in this call and those before."""
+    lengths = np.array([3, 1, 2])
+    options = {"implementation": "xla", "repetition_penalty": penalty}
+    found = generate(params, tree, DIFFERENT, lengths=lengths, max_new_tokens=NEW, **options)
+    said = [list(row[:length]) for row, length in zip(DIFFERENT, lengths, strict=True)]
+    state = squeezejax.prefill(params, tree, DIFFERENT, lengths=lengths, implementation="xla")
+    for i in range(NEW):
+        wanted = [
+            RepetitionPenaltyLogitsProcessor(float(np.broadcast_to(penalty, 3)[user]))(
+                torch.tensor([said[user]]), torch.tensor(np.array(state.logits[user : user + 1]))
+            ).argmax()
+            for user in range(3)
+        ]
+        np.testing.assert_array_equal(found.tokens[:, i], wanted)
+        np.testing.assert_allclose(
+            found.log_probabilities[:, i], jax.nn.log_softmax(state.logits)[np.arange(3), np.array(wanted)], atol=1e-5
+        )
+        part, state = squeezejax.decode(params, tree, state, 1, **options)
+        np.testing.assert_array_equal(part.tokens[:, 0], wanted)
+        said = [[*tokens, int(token)] for tokens, token in zip(said, wanted, strict=True)]
+    plain = generate(params, tree, DIFFERENT, lengths=lengths, max_new_tokens=NEW, implementation="xla")
+    assert np.any(plain.tokens != found.tokens)
+    if np.ndim(penalty):
+        np.testing.assert_array_equal(plain.tokens[0], found.tokens[0])
 
 
 def test_log_probabilities_are_the_models(params, tree):

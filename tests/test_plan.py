@@ -95,7 +95,7 @@ def test_a_compiled_decode_takes_what_is_planned():
 
     def decode(params, tree, state, sparsity):
         reading = reading_of(tree, sparsity=sparsity, implementation="xla")
-        return _decode(params, tree, state, reading, sampling_of(0.0, None, None, None, ()), 8)
+        return _decode(params, tree, state, reading, sampling_of(0.0, None, None, None, ()), 8, 8)
 
     program = jax.jit(decode, keep_unused=True).lower(abstract, tree, state, jax.ShapeDtypeStruct((), jnp.float32))
     used = program.compile().memory_analysis()

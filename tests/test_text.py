@@ -115,6 +115,19 @@ def test_seeds_repeat(params, tokenizer, document):
     assert ask(0) == ask(0) != ask(1)
 
 
+def test_repetition_is_penalised_as_by_generate(params, tokenizer, document, folder, capsys):
+    options = dataclasses.replace(EVERY_KEY, repetition_penalty=3.0)
+    record = text.ask(params, tokenizer, document, QUESTION, options).record
+    assert record.tokens != text.ask(params, tokenizer, document, QUESTION, EVERY_KEY).record.tokens
+    same = {"max_new_tokens": 10, "sparsity": 0.0, "repetition_penalty": 3.0}
+    generated = squeezejax.generate(params, document.tree, record.question, **same)
+    assert list(record.tokens) == np.asarray(generated.tokens[0]).tolist()
+    text.save(folder / "penalty.tree", document)
+    ask = f"ask --tree {folder}/penalty.tree --model {folder}/model --max-new-tokens 10 --sparsity 0"
+    assert cli.main([*ask.split(), "--repetition-penalty", "3", QUESTION]) == 0
+    assert capsys.readouterr().out == record.text + "\n"
+
+
 def test_a_chat_sees_earlier_turns(params, tokenizer, document):
     chat = text.Chat(params, tokenizer, document, EVERY_KEY)
     messages = [user(f"{CONTEXT}\n\n{QUESTION}")]

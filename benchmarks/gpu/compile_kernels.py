@@ -141,7 +141,7 @@ def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
 
     def run(params, tree, tokens, lengths, log_T):
         reading = Reading(log_T, implementation="mosaic")
-        return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens)
+        return _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_tokens, num_tokens)
 
     arguments = (params, tree_shapes(case), tokens, shape((case.users,), jnp.int32), log_T)
     with registry.force_mosaic():

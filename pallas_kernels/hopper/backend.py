@@ -50,6 +50,8 @@ class Hopper:
         tree, q, own, reading, context = arguments
         if reading.estimates:
             raise NotImplementedError("the kernels estimate nothing")
+        if reading.per_user:
+            raise NotImplementedError("the kernels take one sparsity for all users")
         if context is not None:
             raise NotImplementedError("the kernels take a context that lies on one device")
         B, T, K, G, H = q.shape

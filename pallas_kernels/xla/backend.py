@@ -127,8 +127,11 @@ def _attend_fixed(tree, rows, valid, group: int, layer, reading: Reading, contex
 def select(tree, rows, valid, group: int, layer, reading: Reading, context: str | None = None) -> Found:
     """What rows [B K M H], of which valid bool[B M] take part, keep of the clustered keys: one selection a user.
 
-    `group` is G: a query token has so many rows.
+    `group` is G: a query token has so many rows. What is kept is piecewise constant, so gradients stop here; those of a
+    tail's estimate do not, and JAX refuses them.
     """
+    if not reading.tail:
+        rows = jax.lax.stop_gradient(rows)
     with jax.named_scope("select"):
         if reading.min_mass is not None:
             return estimated.select(tree, rows, valid, layer, reading)
@@ -138,7 +141,7 @@ def select(tree, rows, valid, group: int, layer, reading: Reading, context: str 
             return common_scale.select(tree, rows, valid, layer, log_T, context=context, **options)
         if reading.estimates:
             return estimated.select(tree, rows, valid, layer, reading)
-        return levelwise.select(tree, rows, valid, layer, reading.log_T, context=context)
+        return levelwise.select(tree, rows, valid, layer, reading.log_T_of_users(len(rows)), context=context)
 
 
 def _attend_found(tree, rows, found: Found, layer):

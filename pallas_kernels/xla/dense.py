@@ -92,6 +92,8 @@ def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
         rows = read_rows(take, cache, i)
         return state.add(q, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
 
+    # Gradients then need no scores: each chunk's are computed anew.
+    step = jax.checkpoint(step)
     out, lse = jax.lax.fori_loop(0, -(-R // chunk), step, Softmax.start(K, B * M, H)).end()
     return out.reshape(K, B, M, H).swapaxes(0, 1), lse.reshape(K, B, M).swapaxes(0, 1)
 

@@ -4,6 +4,8 @@ The estimates are those of squeezejax/online/estimate.py. Where a coarser level 
 stands for everything below it.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,16 +17,19 @@ from squeezejax.pallas_kernels.xla.softmax import MASKED, map_over
 def select(tree, q, valid, layer, reading) -> Found:
     """One selection a user for rows q [B K M H], of which valid bool[B M] take part, of whole clusters."""
 
-    def one_head(head, q, valid):
+    def one_head(head, q, valid, log_T):
         levels = jax.tree.map(lambda leaf: leaf[layer, head], tree.levels)
-        (*_, kept), rest = descend(levels, q, valid, reading, tree.config.coarse_margin)
+        (*_, kept), rest = descend(
+            levels, q, valid, dataclasses.replace(reading, log_T=log_T), tree.config.coarse_margin
+        )
         return kept_runs(kept, levels[-1].starts, levels[-1].counts), kept, rest
 
     def one_user(user):
-        q, valid = user
-        return map_over(lambda lane: one_head(*lane, valid), (jnp.arange(len(q)), q))
+        q, *of_user = user
+        return map_over(lambda lane: one_head(*lane, *of_user), (jnp.arange(len(q)), q))
 
-    runs, kept, rest = map_over(one_user, (q, valid))
+    log_T = None if reading.log_T is None else reading.log_T_of_users(len(q))
+    runs, kept, rest = map_over(one_user, (q, valid, log_T))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), runs)
     return Found(flat, runs.num_rows, kept, rest)
 
@@ -32,7 +37,7 @@ def select(tree, q, valid, layer, reading) -> Found:
 def descend(levels: tuple, q, valid, reading, margin: float):
     """One head from coarse to fine -> ([kept bool[C], …], [(out or None, lse) of what is given up, …]), one a level.
 
-    levels without the axes L and K; q [M H]; valid bool[M]; margin is the config's coarse_margin.
+    levels without the axes L and K; q [M H]; valid bool[M]; reading of one user; margin is the config's coarse_margin.
     """
     kepts, rest = [], []
     given_up = jnp.full(len(q), MASKED, jnp.float32)  # log of the mass that coarser levels have given up

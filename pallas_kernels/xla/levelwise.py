@@ -26,15 +26,15 @@ def layer_level(level, layer):
 
 
 def select(tree, q, valid, layer, log_T, *, context: str | None = None) -> Found:
-    """One selection a user for rows q [B K M H], of which valid bool[B M] take part, at log_T f32[levels].
+    """One selection a user for rows q [B K M H], of which valid bool[B M] take part, at log_T f32[B levels].
 
     Inside a shard_map whose axis `context` splits the context, q finds what it keeps of this device's part.
     """
     B, K, M, _ = q.shape
     list_runs = jax.vmap(jax.vmap(kept_runs), in_axes=(0, None, None))
     flat = lambda runs: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), runs)
-    of_user = lambda levels, q, valid: score_heads(levels, layer, q, valid, log_T, context)[1]
-    score = lambda levels: map_over(lambda user: of_user(levels, *user), (q, valid))
+    of_user = lambda levels, q, valid, log_T: score_heads(levels, layer, q, valid, log_T, context)[1]
+    score = lambda levels: map_over(lambda user: of_user(levels, *user), (q, valid, log_T))
     *_, finest = tree.levels
     if len(tree.levels) == 1 or M > MOST_LISTED_ROWS:
         clusters = score(tree.levels)  # bool[B K C]
@@ -42,7 +42,7 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None) -> Found
         return Found(flat(runs), runs.num_rows, clusters)
     coarsest = tree.levels[0]
     children = list_runs(score(tree.levels[:1]), coarsest.child_starts[layer], coarsest.child_counts[layer])
-    runs, ids = look_up(tree.levels[1:], q, valid, layer, log_T[1:], children, context)
+    runs, ids = look_up(tree.levels[1:], q, valid, layer, log_T[:, 1:], children, context)
     user, head = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     clusters = jnp.zeros((B, K, finest.counts.shape[2]), bool).at[user, head, ids].set(True, mode="drop")
     return Found(flat(runs), runs.num_rows, clusters)

@@ -5,6 +5,7 @@ ever copied but into the chunk at hand.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from squeezejax.pallas_kernels.interface import KeysValues
 from squeezejax.pallas_kernels.xla.dense import read_rows
-from squeezejax.pallas_kernels.xla.softmax import Softmax
+from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax
 
 
 class Runs(NamedTuple):
@@ -108,15 +109,34 @@ def attend_lists(q, cache: KeysValues, lists: Runs | Rows, head, *, chunk: int =
     Lists differ much in length, so they are cut into blocks, and U blocks at a time are worked on, whichever lanes
     they belong to. Loops end where the lists do, known on the device only: no row is ever dropped, and no work grows
     with R.
+
+    Reverse-mode gradients go to q alone, over the same lists: the cache is taken for a constant.
     """
-    U, M, H = q.shape
-    R = cache.keys.shape[1]
-    chunk = min(chunk, R)
-    block = -(-min(block, R) // chunk) * chunk
+    chunk = min(chunk, cache.keys.shape[1])
+    return _attend_lists(chunk, -(-min(block, cache.keys.shape[1]) // chunk) * chunk, q, cache, lists, head)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_lists(chunk: int, block: int, q, cache: KeysValues, lists: Runs | Rows, head):
+    def attend(lane):
+        here = q[lane]
+        return lambda part, rows, mask: part.add(here, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
+
+    nothing = Softmax.start(*q.shape)
+    return _walk(chunk, block, cache, lists, head, attend, Softmax.add_parts, nothing).end()
+
+
+def _walk(chunk: int, block: int, cache: KeysValues, lists: Runs | Rows, head, step_of, join, nothing):
+    """Reads the rows of all lists, U blocks of `block` rows at a time, by chunks, and gives back what they came to.
+
+    From `nothing` on, part = step_of(lane)(part, rows [U chunk H], mask bool[U chunk]) for the chunks of U blocks, of
+    the lanes i32[U]; and from `nothing` on, state = join(state, part, lane).
+    """
+    U = len(head)
     blocks = (lists.num_rows + block - 1) // block
     ends = jnp.cumsum(blocks, dtype=jnp.int32)
 
-    def attend_blocks(i, state: Softmax) -> Softmax:
+    def visit(i, state):
         number = i * U + jnp.arange(U)  # of each block, counted through all lanes
         lane = jnp.minimum(jnp.sum(ends[None, :] <= number[:, None], axis=1), U - 1)
         first = (number - (ends - blocks)[lane]) * block
@@ -125,15 +145,52 @@ def attend_lists(q, cache: KeysValues, lists: Runs | Rows, head, *, chunk: int =
         numbers = lists.take(lane, first, block)
         listed = jnp.arange(block)[None, :] < size[:, None]
         numbers = jnp.where(listed, numbers, 0)  # the gather promises to stay in bounds
-        q_here, head_here = q[lane], head[lane][:, None]
+        head_here, step_here = head[lane][:, None], step_of(lane)
 
-        def step(j, part: Softmax) -> Softmax:
+        def step(j, part):
             index = jax.lax.dynamic_slice_in_dim(numbers, j * chunk, chunk, axis=1)
             mask = (j * chunk + jnp.arange(chunk))[None, :] < size[:, None]
             rows = read_rows(lambda array: array.at[head_here, index].get(mode="promise_in_bounds"), cache, j)
-            return part.add(q_here, rows.keys.astype(q.dtype), rows.values.astype(q.dtype), mask)
+            return step_here(part, rows, mask)
 
         steps = (jnp.max(size) + chunk - 1) // chunk
-        return state.add_parts(jax.lax.fori_loop(0, steps, step, Softmax.start(U, M, H)), lane)
+        return join(state, jax.lax.fori_loop(0, steps, step, nothing), lane)
 
-    return jax.lax.fori_loop(0, (ends[-1] + U - 1) // U, attend_blocks, Softmax.start(U, M, H)).end()
+    return jax.lax.fori_loop(0, (ends[-1] + U - 1) // U, visit, nothing)
+
+
+def _attend_lists_forward(chunk: int, block: int, q, cache, lists, head):
+    found = _attend_lists(chunk, block, q, cache, lists, head)
+    return found, (q, cache, lists, head, *found)
+
+
+def _attend_lists_backward(chunk: int, block: int, saved, cotangents):
+    """The gradient of q [U M H] for those of out f32[U M H] and lse f32[U M]; scores are computed anew.
+
+    With weights p = exp(score − lse), the score of a key with value v gets p·(v·d_out − out·d_out + d_lse).
+    """
+    q, cache, lists, head, out, lse = saved
+    d_out, d_lse = cotangents
+    scale = 1 / math.sqrt(q.shape[-1])
+    common = d_lse - jnp.sum(out * d_out, axis=-1)
+    of_lanes = q.astype(jnp.float32), lse, d_out, common
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def step_of(lane):
+        plain, lse, d_out, common = (x[lane] for x in of_lanes)
+
+        def step(part, rows: KeysValues, mask):
+            k, v = (x.astype(jnp.float32) for x in (rows.keys, rows.values))
+            log_p = product("UMH,UJH->UMJ", plain, k) * scale - lse[:, :, None]
+            p = jnp.exp(jnp.where(mask[:, None, :], log_p, MASKED))
+            d_scores = p * (product("UMH,UJH->UMJ", d_out, v) + common[:, :, None])
+            return part + product("UMJ,UJH->UMH", d_scores, k) * scale
+
+        return step
+
+    join = lambda total, part, lane: total.at[lane].add(part)
+    d_q = _walk(chunk, block, cache, lists, head, step_of, join, jnp.zeros(q.shape, jnp.float32))
+    return d_q.astype(q.dtype), None, None, None
+
+
+_attend_lists.defvjp(_attend_lists_forward, _attend_lists_backward)

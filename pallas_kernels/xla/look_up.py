@@ -30,8 +30,9 @@ class _Scored(NamedTuple):
 def look_up(levels, q, valid, layer, log_T, children: Runs, context: str | None = None):
     """The kept clusters of the finest level, for q [B K M H], valid bool[B M], below the coarsest level.
 
-    `levels` and log_T are those below the coarsest; children, leading axes [B K], are runs of clusters of the first of
-    them: the children of kept ones. A level has the fields of `squeezejax.tree.Level`, leading axes [L K].
+    `levels` and log_T f32[B levels] are those below the coarsest; children, leading axes [B K], are runs of clusters
+    of the first of them: the children of kept ones. A level has the fields of `squeezejax.tree.Level`, leading axes
+    [L K].
     `context` is the axis of an enclosing shard_map over which the clusters are distributed, children with parents.
     Gives (Runs of rows, leading axes [B K], and the kept ids i32[B K C], the unused end being C).
     """
@@ -40,7 +41,7 @@ def look_up(levels, q, valid, layer, log_T, children: Runs, context: str | None 
     row_valid = jnp.repeat(valid, K, axis=0)  # [U M]
     head = jnp.tile(layer * K + jnp.arange(K), B)
     runs = jax.tree.map(lanes, children)
-    for level, log_t in zip(levels, log_T, strict=True):
+    for level, log_t in zip(levels, jnp.repeat(log_T, K, axis=0).T[:, :, None], strict=True):  # log_t [U 1]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), level)
         scored = _score_listed(flat, lanes(q), head, runs)
         scored = _combine(scored, context) if context else scored

@@ -12,9 +12,9 @@ import numpy as np
 
 from squeezejax.arguments import on_device
 from squeezejax.online.fallback import why_dense
-from squeezejax.online.generate import State, prefill, read_one
+from squeezejax.online.generate import State, draw, prefill, read_one
 from squeezejax.online.reading import reading_of
-from squeezejax.online.sampling import Sampling, sample, sampling_of
+from squeezejax.online.sampling import sampling_of
 from squeezejax.tree import Tree
 
 # Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
@@ -34,6 +34,7 @@ class Options:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float | None = None  # above 1 makes tokens of question and reply less likely to come again
     seed: int = 0
     implementation: str | None = None  # None = the best, and dense attention where selecting cannot pay
 
@@ -50,6 +51,11 @@ class Options:
     def reading(self) -> dict:
         """As arguments of `prefill` and `reading_of`: what is read of the context. Sparsity 0 is dense attention."""
         return {"sparsity": 0.0 if self.dense else self.sparsity, "implementation": self.implementation}
+
+    @property
+    def sampling(self) -> dict:
+        """As arguments of `sampling_of`: how tokens are drawn."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
 
 
 @dataclasses.dataclass
@@ -84,11 +90,11 @@ class Session:
         self.stats = Stats(kept=prefill_kept, prefill_kept=prefill_kept)
         key = jax.random.fold_in(jax.random.key(options.seed), self._replies)
         self._replies += 1
-        sampling = sampling_of(options.temperature, options.top_k, options.top_p, key, None)
+        sampling = sampling_of(**options.sampling, key=key, stop_tokens=None)
         reading = reading_of(self._tree, **options.reading)
         kept = 0.0
         for number in range(options.max_new_tokens):
-            drawn = _draw(self._state.logits, sampling, number)
+            drawn = draw(self._state, sampling, number)
             token = _number(drawn)
             self.stats.seconds = time.perf_counter() - started
             yield token
@@ -140,12 +146,6 @@ class Session:
 def _number(array):
     """The one user's, [1]; indexing on the device would compile programs of its own."""
     return jax.device_get(array).item()
-
-
-@jax.jit
-def _draw(logits, sampling: Sampling, number):
-    """Token `number` of the replies, i32[B], from logits f32[B V]: as `decode` draws it in one call for all."""
-    return sample(logits, sampling, sampling.key, number)
 
 
 def pad(ids: list[int]) -> np.ndarray:

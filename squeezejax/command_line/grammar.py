@@ -318,6 +318,12 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     sampling.add_argument(
         "--seed", type=int, default=0, metavar="N", help="another number, another answer (default: 0)"
     )
+    command.add_argument(
+        "--repetition-penalty",
+        type=positive,
+        metavar="X",
+        help="above 1, words of the question and of the answer so far are less likely to come again (default: 1)",
+    )
     return command
 
 

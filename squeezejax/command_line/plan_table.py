@@ -84,6 +84,9 @@ def _memory_lines(made: Plan, device_memory: float | None):
         "building, at least": memory.build_floor,
         "building, about": memory.build_peak,
     }
+    if not made.axes:
+        # Where arrays share the memory with the program.
+        rows |= {"on a CPU: answering": memory.resident_answering, "on a CPU: building": memory.resident_building}
     for name, size in rows.items():
         if name == "codes of keys" and not size:
             continue

@@ -16,7 +16,7 @@ from squeezejax.arguments import check_model, check_tokens
 from squeezejax.chat.stream import pad
 from squeezejax.mesh import sharding
 from squeezejax.online.generate import State, empty_state, forward
-from squeezejax.online.reading import Estimate, reading_of
+from squeezejax.online.reading import Estimate, check_reading, reading_of
 from squeezejax.online.select import Selection, kept_rows
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.pallas_kernels.layout import split_heads, to_lanes
@@ -74,6 +74,7 @@ def explain(
     if sharding.mesh_of(tree) is not None:
         raise NotImplementedError("an answer is explained on one device: load the tree without a mesh")
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
+    check_reading(reading, 1)
     reading = dataclasses.replace(reading, implementation="xla")
     state = empty_state(params, tree, 1, pad(question).shape[1] + pad(answer).shape[1])
     state, seen = _read(params, tree, state, pad(question), len(question), reading)
@@ -145,7 +146,8 @@ def _read(params, tree: Tree, state: State, tokens, count, reading: Reading):
     counts = jnp.full(1, count, jnp.int32)
     x, cache, (kept, _), seen = forward(params, tree, state, tokens, counts, reading, observe=(nothing, see))
     logits = params.unembed(x[:, count - 1][:, None])[:, 0]
-    return State(cache[0], cache[1], state.lengths + counts, logits, kept), seen
+    after = {"keys": cache[0], "values": cache[1], "lengths": state.lengths + counts}
+    return dataclasses.replace(state, **after, logits=logits, kept_fraction=kept), seen
 
 
 def _look(tree: Tree, q, lse, layer, count, reading: Reading) -> _Seen:

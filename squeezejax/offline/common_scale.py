@@ -36,20 +36,33 @@ PULL = 0.02  # towards b = 1, as a variance of log denominators
 
 
 class _Counts(NamedTuple):
-    """Keys by score, over all heads of a layer: twice, to every query by itself, and to the mean of all."""
+    """Keys by score, over all heads of a layer: twice, to every query by itself, and to the mean of all.
 
-    finest: jax.Array  # f32[2 bins]
-    joint: jax.Array  # f32[2, levels above, bins of the finest level, bins of that level]
-    mass: jax.Array  # f32[bins of the finest level, bins of the one above], attention to the keys, of single queries
+    The first pass counts pairs of scores, the second one the finest alone; with one threshold there is but the first.
+    """
+
+    finest: jax.Array | None = None  # f32[2 bins]
+    joint: jax.Array | None = None  # f32[2, levels above, bins of the finest level, bins of that level]
+    mass: jax.Array | None = None  # f32[bins of the finest level, bins of the one above], attention of single queries
+
+
+class _Known(NamedTuple):
+    """What the first pass has found for the second."""
+
+    fitted: jax.Array  # f32[K G 2], denominators of the layer
+    # f32[2, levels above, bins of the finest level], log T of levels above, ascending, by that of the finest
+    limits: jax.Array
 
 
 def table(tree: Tree, queries) -> dict[str, jax.Array]:
     """The fields of a calibrated tree: sparsities, thresholds and denominators; queries [L N W H]."""
     config = tree.config
-    nowhere = np.full((2, config.num_thresholds - 1, _num_bins(COARSE)), -np.inf, np.float32)
-    denominators, total = _count_layers(tree, queries, nowhere)
+    denominators, total = _count_layers(tree, queries)
     above = np.stack([_above(joint, config.coarse_loss) for joint in total.joint])
-    finest = _count_layers(tree, queries, above)[1].finest if config.num_thresholds > 1 else total.finest
+    finest = total.finest
+    if finest is None:
+        limits = jnp.asarray(above, jnp.float32)
+        finest = _count_layers(tree, queries, [_Known(fitted, limits) for fitted in denominators])[1].finest
     one, block = (_thresholds(*of, GRID.astype(np.float64)) for of in zip(finest, above, strict=True))
     all_mass = queries.shape[0] * queries.shape[1] * queries.shape[2]
     return {
@@ -61,11 +74,12 @@ def table(tree: Tree, queries) -> dict[str, jax.Array]:
     }
 
 
-def _count_layers(tree: Tree, queries, above):
-    """([denominators f32[K G 2] of each layer], `_Counts` of all, f64); queries [L N W H], above: limits of a head."""
+def _count_layers(tree: Tree, queries, known: list[_Known] | None = None):
+    """([denominators f32[K G 2] of each layer], `_Counts` of all, f64); queries [L N W H]; known, of each layer."""
     denominators, total = [], None
     for layer in range(tree.num_layers):
-        fitted, counts = _count_layer(tree, queries[layer], jnp.int32(layer), jnp.asarray(above, jnp.float32))
+        of_layer = None if known is None else known[layer]
+        fitted, counts = _count_layer(tree, queries[layer], jnp.int32(layer), of_layer)
         denominators.append(fitted)
         counts = jax.tree.map(lambda x: np.asarray(x, np.float64), counts)
         total = counts if total is None else jax.tree.map(np.add, total, counts)
@@ -73,11 +87,11 @@ def _count_layers(tree: Tree, queries, above):
 
 
 @jax.jit
-def _count_layer(tree: Tree, queries, layer, above):
+def _count_layer(tree: Tree, queries, layer, known: _Known | None):
     """(denominators f32[K G 2], `_Counts`) of one layer, whole on every device; queries [N W H]."""
     mesh = sharding.mesh_of(tree)
     if mesh is None:
-        return _count_here(tree, queries, layer, above)
+        return _count_here(tree, queries, layer, known)
     whole, heads = sharding.spec(mesh, ""), sharding.spec(mesh, "K")
     axes = tuple(axis for axis in ("model", "context") if sharding.size_of(mesh, axis) > 1)
 
@@ -85,22 +99,24 @@ def _count_layer(tree: Tree, queries, layer, above):
         fitted, counts = _count_here(*args, context=sharding.context_axis(mesh))
         return fitted, jax.tree.map(lambda x: jax.lax.psum(x, axes), counts) if axes else counts
 
-    in_specs = (sharding.specs(mesh, tree), heads, whole, whole)
+    of_known = None if known is None else _Known(heads, whole)
+    in_specs = (sharding.specs(mesh, tree), heads, whole, of_known)
     call = sharding.map_shards(count_shard, mesh, in_specs, (heads, whole))
-    fitted, counts = call(sharding.local_numbers(tree), queries, layer, above)
+    fitted, counts = call(sharding.local_numbers(tree), queries, layer, known)
     return sharding.constrain(tree, fitted, ""), counts
 
 
-def _count_here(tree: Tree, queries, layer, above, context: str | None = None):
+def _count_here(tree: Tree, queries, layer, known: _Known | None, context: str | None = None):
     """`_count_layer` on one device; `context` is the axis of an enclosing shard_map that splits the context."""
     K = tree.num_kv_heads
     H = queries.shape[-1]
-    q = queries.reshape(K, -1, *queries.shape[1:]).swapaxes(1, 2)  # [K W G H]
+    q = queries.reshape(K, -1, *queries.shape[1:])  # [K G W H]
 
     def one_head(head):
         here = jax.tree.map(lambda leaf: leaf[layer, head], _read_by(tree))
         plain = q[head].reshape(-1, H).astype(jnp.float32) / math.sqrt(H)
-        return _count_head(tree.config, here, plain, q.shape[1:3], above, context)
+        of_head = None if known is None else _Known(known.fitted[head], known.limits)
+        return _count_head(tree.config, here, plain, q.shape[1:3], of_head, context)
 
     # One head after another, also on accelerators: a head's scores of all queries are large.
     fitted, counts = jax.lax.map(one_head, jnp.arange(K))
@@ -128,13 +144,13 @@ def _read_by(tree: Tree) -> _Head:
     return _Head(tree.levels, _Rows(tree.keys, tree.order, tree.key_codes, tree.key_steps), tree.window_keys)
 
 
-def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, context: str | None):
-    """(denominators f32[G 2], `_Counts`) of one head; plain f32[W·G H], queries over √H; shape (W, G).
+def _count_head(config, here: _Head, plain, shape: tuple[int, int], known: _Known | None, context: str | None):
+    """(denominators f32[G 2], `_Counts`) of one head; plain f32[G·W H], queries over √H; shape (G, W).
 
-    limits f32[2, levels above, bins of the finest level]: log T of levels above, ascending, by that of the finest. The
-    finest scores are counted no higher than the threshold at which levels above would drop the key.
+    In the second pass the finest scores are counted no higher than the threshold at which levels above would drop the
+    key.
     """
-    W, G = shape
+    G, W = shape
     turned = codes.rotate(plain)
     half_square = jnp.sum(plain * plain, axis=1) / 2
     product = functools.partial(jnp.einsum, "RH,MH->RM", precision=jax.lax.Precision.HIGHEST)
@@ -149,27 +165,24 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
     cluster = cluster_of_rows(finest.starts, finest.counts, len(here.rows.order))
     rows, cluster = _in_chunks(here.rows, -1), _in_chunks(jnp.maximum(cluster, 0), 0)
 
-    # The denominator from clusters, and what makes it the true one.
-    def mass(rows: _Rows):
-        exact = jnp.where((rows.order >= 0)[:, None], product(rows.keys.astype(jnp.float32), plain), MASKED)
-        return jax.nn.logsumexp(exact, axis=0)
-
     lse = common_scale.denominator(scores[0], here.levels[0].counts, sink_scores, context)
-    by_chunk = jax.lax.map(mass, rows)
-    true = common_scale.denominator(by_chunk, jnp.ones(len(by_chunk), jnp.int32), sink_scores, context)
-    fitted = _fit(lse.reshape(W, G), true.reshape(W, G))
-    # All that a query attends to: the last of W queries sees the whole window, the one before all but its last token.
-    seen = jnp.arange(config.observation_window)[:, None] - (config.observation_window - W) <= jnp.arange(W)[None, :]
-    window_scores = jnp.where(jnp.repeat(seen, G, axis=1), always_scores[config.sinks :], MASKED)
-    everything = jnp.logaddexp(true, _log_sum(window_scores))
-    lse = common_scale.correct(lse.reshape(W, G), fitted[None]).reshape(-1)
+    if known is None:
+        # What makes the denominator from clusters the true one, and all that a query attends to.
+        true = _true_denominator(product, rows, plain, sink_scores, context)
+        fitted = _fit(lse.reshape(G, W).T, true.reshape(G, W).T)
+        everything = jnp.logaddexp(true, _log_sum(_seen_scores(always_scores[config.sinks :], G, W)))
+    else:
+        fitted = known.fitted
+    lse = common_scale.correct(lse.reshape(G, W), fitted[:, None]).reshape(-1)
 
     # log A of every level's clusters, then of keys, to one query at a time, [items W], and to all of them, [items 1].
     def log_mean(scores):
-        each = jax.nn.logsumexp((scores - lse[None, :]).reshape(-1, W, G), axis=2) - math.log(G)
+        # Queries last: XLA's CPU backend reduces over a last axis of a few heads at a third of the speed.
+        each = jax.nn.logsumexp((scores - lse[None, :]).reshape(-1, G, W), axis=1) - math.log(G)
         return each, jax.nn.logsumexp(each, axis=1, keepdims=True) - math.log(W)
 
     log_A = [log_mean(of_level) for of_level in scores]
+    depths = config.num_thresholds - 1
 
     def count(total: _Counts, chunk) -> tuple[_Counts, None]:
         rows, cluster = chunk
@@ -181,31 +194,47 @@ def _count_head(config, here: _Head, plain, shape: tuple[int, int], limits, cont
         owners = [cluster]  # of the rows, by level
         for level in here.levels[:0:-1]:
             owners.insert(0, level.parents[owners[0]])
-        above = list(zip(log_A, owners, strict=True))[: total.joint.shape[1]]
+        above = list(zip(log_A, owners, strict=True))[:depths]
         live = (rows.order >= 0).astype(jnp.float32)[:, None]
-        finest = []
-        for i, x in enumerate(of_rows):
-            caps = [_cap(scores[i], limits[i, depth])[owner] for depth, (scores, owner) in enumerate(above)]
-            finest.append(_count(functools.reduce(jnp.minimum, caps, x), live))
-        finest = jnp.stack(finest)
-        joint = [[_count_pairs(x, scores[i][owner], live) for scores, owner in above] for i, x in enumerate(of_rows)]
-        mass = jnp.exp(product(rows.keys.astype(jnp.float32), plain) - everything[None, :])
-        mass = live * jnp.sum(mass.reshape(-1, W, G), axis=2)
-        highest = above[-1][0][0][above[-1][1]] if above else jnp.full(mass.shape, HIGHEST)
-        found = _Counts(
-            total.finest + finest,
-            total.joint + (jnp.array(joint) if above else 0.0),
-            total.mass + _count_pairs(of_rows[0], highest, mass),
-        )
-        return found, None
+        found = {}
+        if total.finest is not None:
+            finest = []
+            for i, x in enumerate(of_rows):
+                if known is not None:
+                    caps = [_cap(A[i], known.limits[i, depth])[owner] for depth, (A, owner) in enumerate(above)]
+                    x = functools.reduce(jnp.minimum, caps, x)
+                finest.append(_count(x, live))
+            found["finest"] = total.finest + jnp.stack(finest)
+        if known is None:
+            joint = [[_count_pairs(x, A[i][owner], live) for A, owner in above] for i, x in enumerate(of_rows)]
+            mass = jnp.exp(product(rows.keys.astype(jnp.float32), plain) - everything[None, :])
+            mass = live * jnp.sum(mass.reshape(-1, G, W), axis=1)
+            highest = above[-1][0][0][above[-1][1]] if above else jnp.full(mass.shape, HIGHEST)
+            found["joint"] = total.joint + (jnp.array(joint) if above else 0.0)
+            found["mass"] = total.mass + _count_pairs(of_rows[0], highest, mass)
+        return _Counts(**found), None
 
-    size = _num_bins(COARSE)
-    nothing = _Counts(
-        jnp.zeros((2, _num_bins(FINE)), jnp.float32),
-        jnp.zeros((2, config.num_thresholds - 1, size, size), jnp.float32),
-        jnp.zeros((size, size), jnp.float32),
-    )
-    return fitted, jax.lax.scan(count, nothing, (rows, cluster))[0]
+    size, zeros = _num_bins(COARSE), functools.partial(jnp.zeros, dtype=jnp.float32)
+    finest = zeros((2, _num_bins(FINE))) if known is not None or not depths else None
+    joint, mass = (zeros((2, depths, size, size)), zeros((size, size))) if known is None else (None, None)
+    return fitted, jax.lax.scan(count, _Counts(finest, joint, mass), (rows, cluster))[0]
+
+
+def _true_denominator(product, rows: _Rows, plain, sink_scores, context: str | None):
+    """Of all rows, in chunks, and the sinks: f32[M]."""
+
+    def mass(rows: _Rows):
+        exact = jnp.where((rows.order >= 0)[:, None], product(rows.keys.astype(jnp.float32), plain), MASKED)
+        return jax.nn.logsumexp(exact, axis=0)
+
+    by_chunk = jax.lax.map(mass, rows)
+    return common_scale.denominator(by_chunk, jnp.ones(len(by_chunk), jnp.int32), sink_scores, context)
+
+
+def _seen_scores(scores, G: int, W: int):
+    """Scores [W' G·W] of the window by its last W queries: the last one sees all of it, the one before all but one."""
+    seen = jnp.arange(len(scores))[:, None] - (len(scores) - W) <= jnp.arange(W)[None, :]
+    return jnp.where(jnp.tile(seen, (1, G)), scores, MASKED)
 
 
 def _log_sum(scores):

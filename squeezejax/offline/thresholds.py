@@ -11,7 +11,7 @@ GRID = np.union1d(np.linspace(0, 1, 1001), np.linspace(0.99, 1, 101)).astype(np.
 
 
 def log_thresholds(tree: Tree, sparsity) -> jax.Array:
-    """log T f32[levels], coarse → fine, at `sparsity` f32[], which may be traced, for one query token.
+    """log T f32[levels], coarse → fine, at `sparsity` f32[], for one query token; of one a user f32[B], f32[B levels].
 
     sparsity ≤ 0 gives −∞ (every key kept), as NaN does under a trace, ≥ 1 gives +∞ (only what is always read is
     attended). Between grid points thresholds are interpolated linearly, not their logarithms. With codes of keys there
@@ -50,7 +50,7 @@ def sparsity_for(tree: Tree, missed_mass: float) -> float:
 
 
 def _look_up(tree: Tree, sparsity, table) -> jax.Array:
-    p = check_number("sparsity", sparsity)
+    p = check_number("sparsity", sparsity, per_user=True)
     if table is None or tree.sparsities is None:
         raise ValueError("the tree has no thresholds: call squeezejax.calibrate(tree, queries) first")
     return _interpolate(tree.sparsities, table, p)
@@ -58,7 +58,9 @@ def _look_up(tree: Tree, sparsity, table) -> jax.Array:
 
 @jax.jit
 def _interpolate(grid, table, p):
-    """log T f32[levels] at p f32[], from a grid f32[P] and table f32[levels P]."""
+    """log T f32[levels] at p f32[], from a grid f32[P] and table f32[levels P]; at p f32[B], f32[B levels]."""
+    if p.ndim:
+        return jax.vmap(_interpolate, (None, None, 0))(grid, table, p)
     p = jnp.where(jnp.isnan(p), 0.0, p)
     inside = jnp.clip(p, 0.0, 1.0)
     # The first grid point that reaches p, so that the one before lies below it also where ones pad the grid.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.mesh import sharding
-from squeezejax.online.reading import EVERY_KEY, Estimate, reading_of
+from squeezejax.online.reading import EVERY_KEY, Estimate, check_reading, reading_of
 from squeezejax.online.select import check_queries
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.interface import Attended, Own, Reading
@@ -33,6 +33,9 @@ def attend(
 ):
     """Attention of user tokens over kept keys ∪ sinks ∪ window ∪ user tokens so far (paper section 3.2).
 
+    Reverse-mode gradients reach q, k and v: which keys are kept is piecewise constant, and the tree is taken for one.
+    They are those of plain XLA on one device, and not of `Estimate(tail=True)`, where JAX refuses them.
+
     Args:
       tree: a calibrated tree, unless thresholds are given.
       q: [B T N H], consecutive user tokens of one layer, after RoPE. Every `tree.config.query_block` of them, counted
@@ -41,8 +44,8 @@ def attend(
       layer: i32[], may be traced.
       start: i32[B], the row of k and v in which q's first token lies (default T' − T).
       lengths: i32[B], rows in use (default T'); later ones are padding, neither attended nor counted in any mean.
-      sparsity: f32[], may be traced; default the tree's. ≤ 0 keeps every key, ≥ 1 only what is always read.
-      log_thresholds: f32[levels], may be traced, in place of a sparsity.
+      sparsity: f32[], or f32[B], may be traced; default the tree's. ≤ 0 keeps every key, ≥ 1 only what is always read.
+      log_thresholds: f32[levels], or f32[B levels], may be traced, in place of a sparsity.
       estimate: what centroids are to tell of the keys that are not read.
       implementation: None (the best; a sparsity at which selecting cannot pay then keeps every key), or a name.
 
@@ -64,6 +67,7 @@ def attend(
     reading = reading_of(
         tree, sparsity=sparsity, log_thresholds=log_thresholds, estimate=estimate, implementation=implementation
     )
+    check_reading(reading, B)
     sharding.check_users(tree, B)
     attended = _attend(tree, q, Own(k, v, start, lengths), layer, reading)
     return attended.out, attended.lse
@@ -86,6 +90,7 @@ class LayerOutput(NamedTuple):
 
 def attend_user(tree: Tree, q, own: Own, layer, reading: Reading) -> LayerOutput:
     """`attend` with every argument resolved, q [B T N H], for a tree with `local_numbers`."""
+    tree, reading = jax.lax.stop_gradient((tree, reading))
     mesh = sharding.mesh_of(tree)
     if mesh is None:
         return _attend_here(tree, q, own, layer, reading)
@@ -98,7 +103,8 @@ def attend_user(tree: Tree, q, own: Own, layer, reading: Reading) -> LayerOutput
 
     # All query heads of a group go where its keys are, also where several devices share them: one selection needs all.
     heads, user, whole = sharding.spec(mesh, "BTK"), sharding.spec(mesh, "B"), sharding.spec(mesh, "")
-    in_specs = (sharding.specs(mesh, tree), heads, Own(heads, heads, user, user), whole, whole)
+    of_reading = jax.tree.map(lambda leaf: user if leaf.ndim == 2 else whole, reading)
+    in_specs = (sharding.specs(mesh, tree), heads, Own(heads, heads, user, user), whole, of_reading)
     call = sharding.map_shards(attend_shard, mesh, in_specs, LayerOutput(heads, heads, user, user))
     return call(tree, q, own, jnp.asarray(layer, jnp.int32), reading)
 

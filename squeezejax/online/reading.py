@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from squeezejax.arguments import check_number, on_device
 from squeezejax.offline.thresholds import block_log_thresholds
 from squeezejax.offline.thresholds import log_thresholds as log_thresholds_at
-from squeezejax.online.fallback import dense_if_cheaper
+from squeezejax.online.fallback import dense_if_cheaper, falls_back
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.tree import Tree
@@ -70,12 +70,12 @@ def dense_reading(implementation: str | None) -> Reading:
 def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None = None) -> tuple:
     """(log T f32[levels] of one token, the same of W tokens or None), from explicit values or a sparsity.
 
-    The tree's own sparsity is the default. A sparsity, where no implementation is named, becomes −∞ if dense attention
-    is expected to be faster.
+    Of one sparsity a user, f32[B levels]. The tree's own sparsity is the default. A sparsity, where no implementation
+    is named, becomes −∞ if dense attention is expected to be faster.
     """
     if log_thresholds is None:
         sparsity = tree.config.sparsity if sparsity is None else sparsity
-        sparsity = check_number("sparsity", sparsity)
+        sparsity = check_number("sparsity", sparsity, per_user=True)
         found = log_thresholds_at(tree, sparsity), block_log_thresholds(tree, sparsity)
         cheaper = lambda log_T: None if log_T is None else dense_if_cheaper(tree, sparsity, log_T)
         return tuple(map(cheaper, found)) if implementation is None else found
@@ -83,6 +83,21 @@ def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None 
         raise ValueError("give sparsity or log_thresholds, not both")
     log_T = on_device(log_thresholds, jnp.float32)
     wanted = tree.config.num_thresholds
-    if log_T.shape != (wanted,):
-        raise ValueError(f"log_thresholds must be f32[{wanted}], one a level, got shape {log_T.shape}")
+    if log_T.ndim not in (1, 2) or log_T.shape[-1] != wanted:
+        raise ValueError(f"log_thresholds must be f32[{wanted}], one a level, or [B {wanted}], got shape {log_T.shape}")
     return log_T, None
+
+
+def fell_back(tree: Tree, B: int, *, sparsity, estimate, implementation) -> jax.Array | None:
+    """Whether `reading_of` turns a sparsity into dense attention, bool[B]; None where it never does."""
+    if implementation is not None or (estimate is not None and estimate.min_mass is not None):
+        return None
+    return falls_back(tree, tree.config.sparsity if sparsity is None else sparsity, B)
+
+
+def check_reading(reading: Reading, B: int):
+    """Raises ValueError unless thresholds that are given one a user are given for B users."""
+    if reading.per_user and len(reading.log_T) != B:
+        raise ValueError(
+            f"sparsity is given for {len(reading.log_T)} users, and there are {B}: give one, or one a user"
+        )

@@ -15,6 +15,7 @@ from squeezejax.arguments import (
     on_device,
     raw_key_shape,
 )
+from squeezejax.online import buckets
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -29,14 +30,16 @@ class Sampling:
     temperature: jax.Array  # f32[] or [B]; ≤ 0 or NaN = greedy
     top_k: jax.Array | None  # i32[] or [B], keep the k most likely tokens; below 1 = 1
     top_p: jax.Array | None  # f32[] or [B], keep the fewest tokens whose probability reaches p; ≤ 0 or NaN = the first
-    stop_tokens: jax.Array  # i32[1 n] or [B n], ids after which a user is done
+    repetition_penalty: jax.Array | None  # f32[] or [B], above 0; 1 = none
+    stop_tokens: jax.Array  # i32[1 n] or [B n], ids after which a user is done; −1 = none
 
 
-def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
+def sampling_of(temperature, top_k, top_p, key, stop_tokens, repetition_penalty=None) -> Sampling:
     """Checks the arguments and gathers them.
 
-    Raises ValueError for what is no number, top_k < 1, top_p outside (0, 1], a temperature that is NaN or that needs a
-    key and has none, and stop tokens that are no token ids. Of arrays on a device only top_k and top_p are looked at.
+    Raises ValueError for what is no number, top_k < 1, top_p outside (0, 1], a penalty that is not above 0, a
+    temperature that is NaN or that needs a key and has none, and stop tokens that are no token ids. Of arrays on a
+    device only top_k and top_p are looked at.
     """
     greedy = concrete(temperature)
     temperature_ = check_number("temperature", temperature, per_user=True)
@@ -55,7 +58,19 @@ def sampling_of(temperature, top_k, top_p, key, stop_tokens) -> Sampling:
     if top_p is not None:
         wanted = "in (0, 1]"
         top_p = check_number("top_p", _known(top_p), np.finfo(np.float32).tiny, 1, wanted=wanted, per_user=True)
-    return Sampling(key, temperature_, top_k, top_p, check_stop_tokens(stop_tokens))
+    if repetition_penalty is not None:
+        least = np.finfo(np.float32).tiny
+        repetition_penalty = check_number(
+            "repetition_penalty", repetition_penalty, least, wanted="a number above 0", per_user=True
+        )
+    return Sampling(key, temperature_, top_k, top_p, repetition_penalty, _stop_tokens(stop_tokens))
+
+
+def _stop_tokens(stop_tokens) -> jax.Array:
+    """i32[1 n] or [B n], in the columns of their bucket: −1 is no token."""
+    found = check_stop_tokens(stop_tokens)
+    width = buckets.round_up(found.shape[1], buckets.STOP_TOKENS)
+    return on_device(buckets.pad_columns(found, width, fill=-1), jnp.int32)
 
 
 def _known(value):
@@ -67,7 +82,7 @@ def _known(value):
 def check_users(sampling: Sampling, B: int):
     """Raises ValueError unless what is given one a user is given for B users."""
     stop = sampling.stop_tokens.shape[0]
-    sizes = {name: getattr(sampling, name) for name in ("key", "temperature", "top_k", "top_p")}
+    sizes = {name: getattr(sampling, name) for name in ("key", "temperature", "top_k", "top_p", "repetition_penalty")}
     counts = {name: value.shape[0] for name, value in sizes.items() if value is not None and value.ndim}
     for name, count in (counts | ({"stop_tokens": stop} if stop > 1 else {})).items():
         if count != B:
@@ -95,6 +110,17 @@ def sample(logits, sampling: Sampling, key, step=None) -> jax.Array:
         return jnp.where(jnp.broadcast_to(sampling.temperature > 0, drawn.shape), drawn, greedy())
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, greedy)
+
+
+def penalized(logits, said, penalty):
+    """logits f32[B V] with those of the tokens said bool[B V] made less likely, by penalty f32[] or [B] (CTRL, 2019).
+
+    Nothing changes where there is no penalty: None.
+    """
+    if penalty is None:
+        return logits
+    penalty = penalty.reshape(-1, 1)
+    return jnp.where(said, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def log_probability(logits, tokens) -> jax.Array:

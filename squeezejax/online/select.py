@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from squeezejax.mesh import sharding
-from squeezejax.online.reading import reading_of
+from squeezejax.online.reading import check_reading, reading_of
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.pallas_kernels.layout import split_heads, to_lanes
 from squeezejax.pallas_kernels.xla import backend as xla
@@ -33,7 +33,7 @@ class Selection:
 
     def num_kept(self, tree: Tree) -> jax.Array:
         """i32[K]: keys kept by each key/value head."""
-        return jnp.sum(self.rows & (tree.order[self.layer] >= 0), axis=-1)
+        return jnp.sum(self.rows & (tree.order[self.layer] >= 0), axis=-1, dtype=jnp.int32)
 
 
 def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selection:
@@ -47,6 +47,7 @@ def select(tree: Tree, q, *, layer, sparsity=None, log_thresholds=None) -> Selec
     """
     check_queries(tree, q, "T N H")
     reading = reading_of(tree, sparsity=sparsity, log_thresholds=log_thresholds)
+    check_reading(reading, 1)
     layer = jnp.asarray(layer, jnp.int32)
     return Selection(_select_rows(tree, q, layer, reading), layer)
 

@@ -80,6 +80,27 @@ def test_same_tokens_and_nothing_sent(heads, kv_heads, kind, axes):
     assert "all-reduce" in compiled.as_text()
 
 
+def test_numbers_a_user():
+    params, tree, _ = on_one_device(4, 2, "codes below a hierarchy")
+    sparsities, penalties = np.array([0.6, 0.0, 1.0, 0.3]), np.array([1.0, 1.5, 2.0, 1.2])
+    ask = jax.jit(
+        lambda params, tree: squeezejax.generate(
+            params,
+            tree,
+            QUESTIONS,
+            lengths=LENGTHS,
+            sparsity=sparsities,
+            repetition_penalty=penalties,
+            max_new_tokens=NEW,
+            implementation="xla",
+        )
+    )
+    expected, found = ask(params, tree), ask(*put_all(make_mesh(data=2, model=2, context=2), params, tree))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.kept_fraction, expected.kept_fraction, rtol=1e-5)
+    np.testing.assert_array_equal(expected.kept_fraction[1:3], [1, 0])
+
+
 def test_keys_that_are_sent_would_be_seen():
     _, tree, _ = on_one_device(4, 2, "flat")
     mesh = make_mesh(model=2)

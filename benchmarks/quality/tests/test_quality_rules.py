@@ -163,7 +163,7 @@ def test_the_default_chooses_what_the_library_does():
         reading = method.knob(fixed, None, sparsity)
         for layer in range(case.keys.shape[0]):
             tokens = jnp.tile(q.reshape(2, 1, 2, 6), (1, case.keys.shape[1], 1, 1)).reshape(2, -1, 6)
-            two = jax.tree.map(lambda x: x[0, 0], reading).log_T_of(jnp.float32(2), config.calibration_tokens)
+            two = jax.tree.map(lambda x: x[0, 0], reading).log_T_of(jnp.full(1, 2.0), config.calibration_tokens)[0]
             wanted = select(fixed.tree, tokens, layer=layer, log_thresholds=two).key_mask(fixed.tree)
             np.testing.assert_array_equal(ours.mask[layer], wanted)
         assert 0 < np.mean(ours.mask) < 1
