@@ -48,49 +48,68 @@ class Case:
     layers: int = 2
     window: int = 100
     room: int = 256
+    ours: bool = False  # our rule and codes of keys, not the paper's
 
     def __str__(self):
         heads = f"{self.kv_heads * self.group} / {self.kv_heads} of {self.head_dim}"
         users = f", {self.users} users" if self.users > 1 else ""
-        return f"{heads}, {self.num_keys // 1024}K, {len(self.fractions)} level(s), {self.dtype}{users}"
+        index = ", codes" if self.ours else ""
+        return f"{heads}, {self.num_keys // 1024}K, {len(self.fractions)} level(s), {self.dtype}{users}{index}"
+
+    @property
+    def num_thresholds(self) -> int:
+        """Of one selection: one a level, and one for keys with codes."""
+        return len(self.fractions) + self.ours
 
 
+# A kernel depends on the size of heads, on whether groups are of more than 8, and on whether lists are read; hardly on
+# how many keys, heads and users there are.
 CASES = (
-    *(Case(head_dim, group) for head_dim in (64, 96, 128, 192, 256) for group in (4, 16)),
+    *(Case(head_dim, 4) for head_dim in (64, 96, 128, 192, 256)),
+    *(Case(head_dim, 16) for head_dim in (128, 256)),
     Case(64, 4, dtype="float16"),
     Case(128, 1, kv_heads=32),
     Case(128, 8, kv_heads=1),
-    Case(128, 4, kv_heads=64),
-    Case(128, 4, num_keys=2**19),
     Case(128, 4, num_keys=2**19, fractions=(0.01, 0.05)),
     Case(128, 4, num_keys=2**21, fractions=(0.002, 0.01, 0.05)),
-    Case(128, 4, users=8),
     Case(128, 4, users=32, fractions=(0.01, 0.05)),
+    *(Case(head_dim, group, ours=True) for head_dim, group in ((64, 4), (128, 4), (128, 16))),
+    Case(128, 4, users=8, fractions=(0.01, 0.05), ours=True),
 )
 
 
 def tree_shapes(case: Case) -> Tree:
     """The shapes of a calibrated tree."""
     shape = jax.ShapeDtypeStruct
-    config = squeezejax.SqueezeConfig.paper(cluster_fractions=case.fractions, observation_window=case.window)
+    make = squeezejax.SqueezeConfig if case.ours else squeezejax.SqueezeConfig.paper
+    config = make(cluster_fractions=case.fractions, observation_window=case.window)
     L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
-    R = -(-S // 8) * 8
+    R, W = -(-S // 8) * 8, config.always_read
     clusters = config.num_clusters(S)
     fields = [5] * (len(clusters) - 1) + [3]  # counts, starts, parents, and above the finest where children are
-    levels = [
-        Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * n)
-        for C, n in zip(clusters, fields, strict=True)
-    ]
-    return Tree(
+    coded = lambda C, bits: (shape((L, K, C, bits * H // 8), jnp.uint8), shape((L, K, C), jnp.bfloat16))
+    levels = []
+    for C, n in zip(clusters, fields, strict=True):
+        level = Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * n)
+        if case.ours:
+            names = dict(zip(("codes", "steps"), coded(C, config.index_bits), strict=True))
+            names |= {"offset": shape((L, K, H), jnp.float32), "spreads": shape((L, K, C), jnp.bfloat16)}
+            level = dataclasses.replace(level, centroids=None, **names)
+        levels.append(level)
+    tree = Tree(
         keys=shape((L, K, R, H), case.dtype),
         values=shape((L, K, R, H), case.dtype),
         order=shape((L, K, R), jnp.int32),
-        window_keys=shape((L, K, case.window, H), case.dtype),
-        window_values=shape((L, K, case.window, H), case.dtype),
+        window_keys=shape((L, K, W, H), case.dtype),
+        window_values=shape((L, K, W, H), case.dtype),
         levels=tuple(levels),
         config=config,
         num_keys=S,
     )
+    if not case.ours:
+        return tree
+    names = dict(zip(("key_codes", "key_steps"), coded(R, config.key_bits), strict=True))
+    return dataclasses.replace(tree, **names, denominators=shape((L, K, case.group, 2), jnp.float32))
 
 
 def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Program:
@@ -99,7 +118,7 @@ def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Progr
     B, K, H = case.users, case.kv_heads, case.head_dim
     own = shape((B, case.room, K, H), case.dtype)
     arguments = (tree_shapes(case), shape((B, 1, K * case.group, H), case.dtype), own, own, shape((), jnp.int32),
-                 shape((len(case.fractions),), jnp.float32), *[shape((B,), jnp.int32)] * 2)  # fmt: skip
+                 shape((case.num_thresholds,), jnp.float32), *[shape((B,), jnp.int32)] * 2)  # fmt: skip
 
     def step(tree, q, k, v, layer, log_T, start, lengths):
         return squeezejax.attend(
@@ -117,7 +136,7 @@ def compile_generate(case: Case, num_tokens: int = 16) -> deviceless.Program:
     config = LlamaConfig(vocab_size=512, model_dim=512, mlp_dim=1024, num_layers=case.layers, **heads)
     params = jax.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=jnp.dtype(case.dtype)))
     shape = jax.ShapeDtypeStruct
-    tokens, log_T = shape((case.users, 8), jnp.int32), shape((len(case.fractions),), jnp.float32)
+    tokens, log_T = shape((case.users, 8), jnp.int32), shape((case.num_thresholds,), jnp.float32)
     sampling = sampling_of(0.0, None, None, None, ())
 
     def run(params, tree, tokens, lengths, log_T):

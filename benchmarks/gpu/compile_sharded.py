@@ -25,7 +25,7 @@ MODEL = LlamaConfig(vocab_size=1024, model_dim=1024, mlp_dim=2048, num_layers=2,
 CONFIG = squeezejax.SqueezeConfig.paper()
 NUM_KEYS, USERS = 128_000, 2
 MESHES = ({"model": 8}, {"data": 2, "model": 4})
-KERNELS = {"centroid_scores", "keep_clusters", "sparse_decode", "merge_shares"}
+KERNELS = {"centroid_scores", "keep_clusters", "list_items", "sparse_decode", "merge_shares"}
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 WIDTHS = {"pred": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 

@@ -121,11 +121,11 @@ def _attention_error(rng, dry: bool, H: int, G: int, K: int, B: int, dtype: str)
     masks = rng.random((B * K, R)) < density  # runs of a few rows, which share granules
     masks &= np.repeat(rng.random((B * K, R // 64)) < 0.5, 64, axis=1)  # and gaps
     masks[0] &= B * K < 3
-    arguments = q, keys, values, window, own, jax.tree.map(jnp.asarray, reference_decode.keep(masks, rng)), step
+    arguments = q, keys, values, window, own, jax.tree.map(jnp.asarray, reference_decode.lists_of(masks, rng)), step
 
-    def attend(function, q, keys, values, window, own, kept, step):
+    def attend(function, q, keys, values, window, own, lists, step):
         in_order = InOrder(window, window, 100), InOrder(own, own, None)
-        return function(q, in_order, Listed(keys, values, kept), step)
+        return function(q, in_order, Listed(keys, values, lists), step)
 
     run = jax.jit(functools.partial(attend, sparse_decode.attend))
     first, second = (jax.device_get(run(*arguments)) for _ in range(2))
@@ -144,7 +144,9 @@ def check_selection(dry: bool, seed: int, note):
     tree = _tree(step, seed)
     q = queries(tree, step.users, step.heads // step.kv_heads, seed)
     log_T, _ = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
-    run = jax.jit(lambda tree, q, log_T: decode.select(q, tree.levels, step_of(log_T, len(q)), tree.keys.shape[2]))
+    run = jax.jit(
+        lambda tree, q, log_T: decode.select(q, decode.Index.of(tree), step_of(log_T, len(q)), tree.keys.shape[2])
+    )
     first, second = (jax.device_get(run(tree, q, log_T)) for _ in range(2))
     require(np.array_equal(first.num_kept, second.num_kept), "two runs differ")
     differing = 0
@@ -153,7 +155,7 @@ def check_selection(dry: bool, seed: int, note):
         kept = reference_decode.descend(np.asarray(q[b, k], np.float64), heads, np.asarray(log_T))[-1][1]
         want = reference_decode.kept_rows(kept, heads[-1].starts, heads[-1].counts)
         lane = b * step.kv_heads + k
-        rows = [reference_decode.rows_of(run.kept, lane) for run in (first, second)]
+        rows = [reference_decode.rows_of(run.lists, lane) for run in (first, second)]
         require(np.array_equal(*rows), "two runs keep different rows")
         differing += np.setxor1d(rows[0], want).size
     # A score within rounding of the threshold may fall on either side: a few clusters of 20 keys.
@@ -163,8 +165,9 @@ def check_selection(dry: bool, seed: int, note):
 
 
 def check_step(dry: bool, seed: int, note):
-    """The check that lets `None` choose the kernels, for every head size, some groups and both dtypes."""
-    sizes = [(64, 4, "bfloat16")] if dry else [(H, G, dtype) for H, G, _, _, dtype in SHAPES]
+    """The check that lets `None` choose the kernels: both rules, every head size, some groups, both dtypes."""
+    bits = lambda H: (4, 2) if H in (64, 128) else ()  # of the default index, where the kernels take it
+    sizes = [(64, 4, "bfloat16", 4, 2)] if dry else [(H, G, dtype, *bits(H)) for H, G, _, _, dtype in SHAPES]
     for size in sizes:
         self_check.decode_step(*size)
         note(f"{'/'.join(map(str, size))} is right", True)
@@ -246,7 +249,9 @@ def look_up(num_keys: int, fractions: tuple[float, ...], dry: bool, seed: int, n
     log_T, kept = find_thresholds(_kept_fraction(tree, q), len(step.fractions), step.kept, coarse=dry)
     note("kept fraction", kept)
     R = -(-tree.num_keys // 8) * 8
-    select = jax.jit(lambda q, tree, log_T, layer: decode.select(q, tree.levels, step_of(log_T, 1, layer=layer), R))
+    select = jax.jit(
+        lambda q, tree, log_T, layer: decode.select(q, decode.Index.of(tree), step_of(log_T, 1, layer=layer), R)
+    )
     found = jax.device_get(select(q, tree, log_T, jnp.int32(0)).num_kept)[0, 0]
     head = [jax.tree.map(lambda x: np.asarray(x[0, 0]), level) for level in tree.levels]
     selected = reference_decode.descend(np.asarray(q[0, 0], np.float64), head, np.asarray(log_T))[-1][1]
@@ -272,7 +277,7 @@ def _kept_fraction(tree, q):
 
     @jax.jit
     def kept(levels, q, log_T, layer):
-        found = decode.select(q, levels, step_of(log_T, len(q), layer=layer), R)
+        found = decode.select(q, decode.Index(levels), step_of(log_T, len(q), layer=layer), R)
         return jnp.mean(found.num_kept / tree.num_keys)
 
     layers = range(tree.levels[0].counts.shape[0])
@@ -280,10 +285,13 @@ def _kept_fraction(tree, q):
 
 
 def _look_up_bytes(tree, q, log_T) -> int:
-    """Bytes of the centroids that a step reads: whole granules of 8."""
+    """Bytes of the centroids that a step reads: whole tiles of 64, those of the coarsest level once for all users."""
     R = -(-tree.num_keys // 8) * 8
-    read = jax.jit(lambda levels, q: decode.select(q, levels, step_of(log_T, len(q)), R).num_read)(tree.levels, q)
-    return sum(int(level.sum()) for level in read) * 8 * q.shape[3] * 4
+    read = jax.jit(lambda levels, q: decode.select(q, decode.Index(levels), step_of(log_T, len(q)), R).num_read)(
+        tree.levels, q
+    )
+    tiles = int(read[0][0].sum()) + sum(int(level.sum()) for level in read[1:])
+    return tiles * 64 * q.shape[3] * 4
 
 
 def _time_library(tree, q, measure, implementation: str) -> float:

@@ -1,4 +1,4 @@
-"""The Hopper kernels as a backend: decode, prefill and K-means assignment for trees of the paper's rule.
+"""The Hopper kernels as a backend: decode for both rules, prefill for the paper's, K-means assignment.
 
 They have been interpreted and compiled for an H200, but never run on one: where nothing is named, each first has to
 agree with float64 on the device at hand, once for each size.
@@ -54,17 +54,18 @@ class Hopper:
             raise NotImplementedError("the kernels take one sparsity for all users")
         if context is not None:
             raise NotImplementedError("the kernels take a context that lies on one device")
-        if tree.config.score != "mean" or tree.levels[0].centroids is None or tree.levels[0].centroids.dtype != "f4":
-            raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
         if tree.config.cache_bits == 8:
             raise NotImplementedError("the kernels read keys and values in 16 bits, not in 8")
         B, T, K, G, H = q.shape
         rows = jax.ShapeDtypeStruct((B, T, K * G, H), q.dtype)
+        bits = _index_bits(tree)
         if task == "decode":
             from squeezejax.pallas_kernels.hopper import decode
 
             decode.check(rows, tree.keys, tree.window_keys, own.keys)
-            return H, G, str(q.dtype)
+            return H, G, str(q.dtype), *bits
+        if bits:
+            raise NotImplementedError("the kernels for blocks of tokens take trees of the paper's rule only")
         from squeezejax.pallas_kernels.hopper import prefill
 
         prefill.check(rows, tree.keys)
@@ -84,7 +85,7 @@ class Hopper:
         own_keys = own.keys, own.values
         cache = decode.Cache(tree.keys, tree.values, tree.num_keys, tree.window_keys, tree.window_values, *own_keys)
         step = decode.Step(jnp.reshape(jnp.asarray(layer, jnp.int32), 1), reading.log_T, own.start, own.lengths)
-        out, lse, num_kept = decode.attend_kept(q[:, 0], cache, tree.levels, step)
+        out, lse, num_kept = decode.attend_kept(q[:, 0], cache, decode.Index.of(tree), step)
         kept = num_kept.astype(jnp.float32) / (q.shape[2] * tree.num_keys)
         return Attended(out[:, None], lse[:, None], kept)
 
@@ -139,3 +140,23 @@ class Hopper:
         from squeezejax.pallas_kernels.hopper import kmeans_assign
 
         return kmeans_assign.nearest(rows, centres, with_second=with_second)
+
+
+def _index_bits(tree) -> tuple[int, ...]:
+    """The index that kernels are to score: () of float32 means by the paper's rule, else (index_bits, key_bits)."""
+    config, coarsest = tree.config, tree.levels[0]
+    if config.score == "mean":
+        if coarsest.centroids is None or coarsest.centroids.dtype != "f4":
+            raise NotImplementedError("the kernels score float32 means of clusters by the paper's rule only")
+        return ()
+    from squeezejax.pallas_kernels.hopper.scores import CODED_HEAD_DIMS
+
+    if tree.keys.shape[-1] not in CODED_HEAD_DIMS:
+        raise NotImplementedError(f"the kernels score codes of head sizes {CODED_HEAD_DIMS}, got {tree.keys.shape[-1]}")
+    packed = [coarsest.codes, *([tree.key_codes] if config.key_bits else [])]
+    if any(x is None or x.shape[-1] % 16 for x in packed):  # the least that TMA can fetch
+        raise NotImplementedError(
+            "the kernels take codes of centroids and of keys whose rows are multiples of 16 bytes, got index_bits="
+            f"{config.index_bits} and key_bits={config.key_bits} of {tree.keys.shape[-1]} numbers"
+        )
+    return config.index_bits, config.key_bits

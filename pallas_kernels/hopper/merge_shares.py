@@ -38,7 +38,8 @@ def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
     at_once = 4 if interpreting() else 128 // M  # parts read together, so that their latencies overlap
 
     def body(outs_gm, stats_gm, off_gm, out_gm, lse_gm):
-        lane, piece = lax.axis_index("lane"), pl.ds(lax.axis_index("piece") * TILE, TILE)
+        lane, number = lax.axis_index("lane"), lax.axis_index("piece")
+        piece = pl.ds(number * TILE, TILE)
         first, end = Shares(off_gm, lanes, num_ctas).owners(lane)
 
         def step(block, state):
@@ -71,7 +72,11 @@ def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
         for g in range(group):
             here = first_column(lane) + g
             out_gm[lane, g, piece] = plgpu.layout_cast(jnp.sum(jnp.where(column == here, out, 0.0), axis=1), DOWN)
-            lse_gm[lane, g] = jnp.sum(jnp.where(index == here, lse, 0.0))
+            lse_here = jnp.sum(jnp.where(index == here, lse, 0.0))
+
+            @pl.when(number == 0)  # all pieces know it
+            def _(g=g, lse_here=lse_here):
+                lse_gm[lane, g] = lse_here
 
     return plgpu.kernel(
         body,

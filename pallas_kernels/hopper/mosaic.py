@@ -71,8 +71,11 @@ def load(ref, layout):
 
 
 def swizzled(head_dim: int, itemsize: int = 2):
-    """Shared-memory transforms of rows of head_dim numbers; all operands of a wgmma must share one swizzle."""
-    tile = 128 // itemsize if head_dim % (128 // itemsize) == 0 else 64 // itemsize
+    """Shared-memory transforms of rows of head_dim numbers, or of a part of them that is written at once.
+
+    All operands of a wgmma must share one swizzle.
+    """
+    tile = next(size // itemsize for size in (128, 64, 32) if head_dim % (size // itemsize) == 0)
     return plgpu.TilingTransform((GRANULE, tile)), plgpu.SwizzleTransform(tile * itemsize)
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax.pallas_kernels import codes
 from squeezejax.pallas_kernels.hopper import decode, kmeans_assign, prefill, sparse_prefill
-from squeezejax.pallas_kernels.hopper.mosaic import TILE, count_ctas
+from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, TILE, count_ctas
 from squeezejax.pallas_kernels.oracle import decode as reference_decode
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
 from squeezejax.pallas_kernels.oracle import prefill as reference_prefill
@@ -25,8 +26,68 @@ SAMPLE = 8  # lanes, and rows of each, that are compared where there are many
 OUT_TOLERANCE, LSE_TOLERANCE, SCORE_TOLERANCE = 2e-2, 2e-3, 1e-4
 
 
-def decode_step(head_dim: int, group: int, dtype: str):
-    """Raises ArithmeticError unless a step over a random two-level tree comes out right, and twice the same."""
+def decode_step(head_dim: int, group: int, dtype: str, *bits: int):
+    """Raises ArithmeticError unless a step over a random two-level tree comes out right, and twice the same.
+
+    bits are those of centroids and of keys by our rule, none for the paper's.
+    """
+    attention(head_dim, group, dtype)
+    if bits:
+        selection_by_codes(head_dim, group, dtype, *bits)
+
+
+def selection_by_codes(head_dim: int, group: int, dtype: str, index_bits: int, key_bits: int):
+    """Raises ArithmeticError unless our rule keeps the right keys of a random flat tree, and twice the same."""
+    rng = np.random.default_rng(2)
+    # Keys whose codes are read: half of the clusters', of three lanes in four, so that every CTA has its tiles.
+    B, K, H = 2, 4, head_dim
+    C = -(-TILES * 4 * count_ctas(1) * TILE // (B * K * 16 // 2))
+    C, length = -(-C // GRANULE) * GRANULE, 16
+    random = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    coded = lambda size, bits, *shape: (
+        rng.integers(0, 256, (*shape, bits * H // 8), dtype=np.uint8),
+        np.asarray(jnp.asarray(size * rng.uniform(0.5, 1.5, shape) / 2**bits, jnp.bfloat16)),
+    )
+    packed, steps = coded(2.0, index_bits, 1, K, C)
+    level = types.SimpleNamespace(
+        **_runs(K, C, length, ("starts", "counts")), centroids=None, codes=packed, steps=steps, offset=random(1, K, H),
+        spreads=np.asarray(jnp.asarray(0.3 * rng.random((1, K, C)), jnp.bfloat16)),
+        child_starts=None, child_counts=None,
+    )  # fmt: skip
+    keys = coded(1.0, key_bits, 1, K, C * length) if key_bits else None
+    sinks, line = random(1, K, 4, H), np.stack([random(1, K, group), 1 + 0.1 * random(1, K, group)], axis=-1)
+    q = jnp.asarray(np.linspace(0.5, 2, B)[:, None, None, None] * random(B, K, group, H), dtype)
+
+    def reference(b, k, log_T):
+        head = types.SimpleNamespace(**{name: None if x is None else x[0, k] for name, x in vars(level).items()})
+        of_head = keys and tuple(x[0, k] for x in keys)
+        rows = np.asarray(q[b, k], np.float64)
+        return reference_decode.descend_codes(
+            rows, [head], of_head, sinks[0, k], line[0, k].astype(np.float64), log_T, codes.rotation(H)
+        )
+
+    log_T = []
+    for depth in range(1 + (key_bits > 0)):
+        found = [reference(b, k, [*log_T, 0.0])[depth][0] for b, k in np.ndindex(B, K)]
+        log_T.append(_in_widest_gap(np.concatenate(found)))
+    zero = jnp.zeros(B, jnp.int32)
+    step = decode.Step(zero[:1], jnp.asarray(log_T, jnp.float32), zero, zero + 1)
+    index = decode.Index((level,), *(keys or (None, None)), sinks, line)
+    select = jax.jit(lambda q, index: decode.select(q, index, step, C * length).lists)
+    first, second = (jax.device_get(select(q, index)) for _ in range(2))
+    for b, k in np.ndindex(B, K):
+        rows, again = (np.sort(reference_decode.rows_of(lists, b * K + k)) for lists in (first, second))
+        _require(np.array_equal(rows, again), "two runs differ")
+        log_A, want = reference(b, k, log_T)[-1]
+        if not key_bits:
+            log_A, want = np.repeat(log_A, length), np.repeat(want, length)
+        kept = np.isin(np.arange(C * length), rows)
+        near = np.abs(log_A - log_T[-1]) < SCORE_TOLERANCE  # of many scores some are within rounding
+        _require(np.array_equal(kept[~near], want[~near]), "the keys kept are wrong")
+
+
+def attention(head_dim: int, group: int, dtype: str):
+    """Raises ArithmeticError unless a step by the paper's rule comes out right, and twice the same."""
     rng = np.random.default_rng(0)
     # Of 5 users one takes no part, and one is so sure of itself that it keeps little; the others keep about a quarter.
     coarse_clusters = max(24, -(-TILES * count_ctas(1) * TILE // (LANES * CHILDREN * MEMBERS // 4)))
@@ -51,7 +112,8 @@ def decode_step(head_dim: int, group: int, dtype: str):
     start = jnp.array([6, 88, 0, 64, 5], jnp.int32)
     lengths = jnp.array([7, 89, 1, 65, 0], jnp.int32)
     step = decode.Step(jnp.zeros(1, jnp.int32), jnp.asarray(log_T, jnp.float32), start, lengths)
-    attend = jax.jit(lambda q, cache, step: decode.attend_kept(q, cache._replace(num_keys=S), (coarse, fine), step))
+    index = decode.Index((coarse, fine))
+    attend = jax.jit(lambda q, cache, step: decode.attend_kept(q, cache._replace(num_keys=S), index, step))
     first, second = (jax.device_get(attend(q, cache, step)) for _ in range(2))
     _require(all(map(np.array_equal, first, second)), "two runs differ")
     out, lse, num_kept = first
@@ -97,9 +159,11 @@ def differing_ties(head_dim: int, group: int, dtype: str) -> list[int]:
     @jax.jit
     def num_kept(count, log_T):
         counts = jnp.full((1, 8, 1), count, jnp.int32)
-        level = types.SimpleNamespace(centroids=centroids, counts=counts, starts=jnp.zeros_like(counts))
+        level = types.SimpleNamespace(
+            centroids=centroids, counts=counts, starts=jnp.zeros_like(counts), child_starts=None, child_counts=None
+        )
         zero = jnp.zeros(1, jnp.int32)
-        return decode.select(q, (level,), decode.Step(zero, log_T[None], zero, zero + 1), 2**20).num_kept
+        return decode.select(q, decode.Index((level,)), decode.Step(zero, log_T[None], zero, zero + 1), 2**20).num_kept
 
     kept = lambda number, log_T: np.asarray(num_kept(jnp.int32(number), jnp.float32(log_T)))
     return [

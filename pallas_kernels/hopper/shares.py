@@ -15,20 +15,10 @@ from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Even:
-    """In place of a reference to offsets: those of lists that are all of one length."""
-
-    tiles: object  # i32[], of each list
-
-    def __getitem__(self, lane):
-        return lane * self.tiles
-
-
-@dataclasses.dataclass(frozen=True)
 class Shares:
     """In a kernel: the split of `lanes` lists over `num_ctas` CTAs."""
 
-    offsets: object  # reference to i32[lanes + 1], or Even
+    offsets: object  # reference to i32[lanes + 1]
     lanes: int
     num_ctas: int
 
@@ -97,9 +87,9 @@ def _last(n: int, holds):
     return lax.fori_loop(0, math.ceil(math.log2(n)) + 1 if n > 1 else 0, halve, (jnp.int32(0), jnp.int32(n)))[0]
 
 
-def offsets_of(num_tiles):
-    """i32[lanes + 1], exclusive sums of num_tiles i32[lanes]."""
-    lanes = num_tiles.shape[0]
+def offsets_of(numbers):
+    """i32[… n + 1], exclusive sums of numbers i32[… n] along the last axis."""
+    n = numbers.shape[-1]
     # A sum of masked numbers, not cumsum: XLA makes one small kernel of it.
-    before = jnp.arange(lanes + 1)[:, None] > jnp.arange(lanes)[None, :]
-    return jnp.sum(jnp.where(before, num_tiles[None, :], 0), axis=1, dtype=jnp.int32)
+    before = jnp.arange(n + 1)[:, None] > jnp.arange(n)[None, :]
+    return jnp.sum(jnp.where(before, jnp.expand_dims(numbers, -2), 0), axis=-1, dtype=jnp.int32)

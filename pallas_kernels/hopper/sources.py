@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, TILE
+from squeezejax.pallas_kernels.hopper.shares import offsets_of
 from squeezejax.pallas_kernels.hopper.step import Step
-from squeezejax.pallas_kernels.hopper.work_list import Kept, first_granule, in_order_granules, listed_granules
+from squeezejax.pallas_kernels.hopper.work_list import Lists, first_granule, in_order_items, listed_items
 
 
 class InOrder(NamedTuple):
@@ -36,17 +37,16 @@ class Listed(NamedTuple):
 
     keys: jax.Array  # [L K R H]
     values: jax.Array
-    kept: Kept
-    may_skip: bool = False  # nothing was marked where every threshold is −∞
+    lists: Lists  # never in order
 
     own = False
 
 
 def operands(sources) -> list:
-    """The arrays of all sources as a kernel takes them: keys and values of each, and what is kept of one listed."""
+    """The arrays of all sources as a kernel takes them: keys and values of each, and the list of one listed."""
     caches = [_whole_granules(cache, source.own) for source in sources for cache in (source.keys, source.values)]
-    kept = [source.kept for source in sources if isinstance(source, Listed)]
-    return caches + jax.tree.leaves(kept)
+    lists = [source.lists for source in sources if isinstance(source, Listed)]
+    return caches + [x for one in lists for x in (one.num_items, one.items)]
 
 
 def _whole_granules(cache, own: bool):
@@ -60,11 +60,14 @@ def _whole_granules(cache, own: bool):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """In a kernel: the sources of one layer, the one that is listed last, with references to their `operands`."""
+    """In a kernel: the sources of one layer, the one that is listed last, with references to their `operands`.
+
+    Outside a kernel, with a step of arrays, it knows how many tiles there are.
+    """
 
     sources: tuple
-    arrays: list
-    step: Step  # references
+    arrays: list  # references
+    step: Step  # references too
     num_heads: int
 
     @property
@@ -77,24 +80,23 @@ class Reader:
         """The other sources."""
         return self.sources[:-1] if self.listed else self.sources
 
-    @property
-    def kept(self) -> Kept:
-        """References to what the listed source is listed by."""
-        kept = self.sources[-1].kept
-        return Kept(*self.arrays[2 * len(self.sources) :], *([] if kept.num_read is not None else [None]))
-
     def tiles_in_order(self, lane):
         """Tiles of 64 rows of a lane's sources in order, i32[]: they come before those listed."""
         return sum((_tiles(self._end(s, lane)) for s in range(len(self.in_order))), jnp.int32(0))
 
-    def finder(self, lane, num_items, item_at):
-        """A function of a lane's tile: (its source, 8 granules, counted from the head's first one, 8 masks).
+    def offsets(self, lanes: int):
+        """Outside kernels: i32[lanes + 1], exclusive sums of the lanes' tiles."""
+        tiles = jax.vmap(self.tiles_in_order)(jnp.arange(lanes))
+        return offsets_of(tiles + self.sources[-1].lists.num_tiles if self.listed else tiles)
 
-        item_at(position) gives the lane's items, of which there are num_items.
-        """
+    def finder(self, lane):
+        """A function of a lane's tile: (its source, its 8 items, granules counted from the head's first one)."""
         last = len(self.in_order)
         end_of = [self._end(s, lane) for s in range(last)]
         begin_of = [self._first_granule(s, lane)[1] for s in range(last)]
+        if self.listed:
+            num_items_gm, items_gm = self.arrays[-2:]
+            num_items = num_items_gm[lane]
 
         def find(tile):
             kind, at = jnp.int32(0), tile
@@ -105,15 +107,11 @@ class Reader:
                 kind, at = jnp.where(beyond, s + 1, kind), jnp.where(beyond, at - tiles, at)
                 if s + 1 < last:
                     begin, end = jnp.where(beyond, begin_of[s + 1], begin), jnp.where(beyond, end_of[s + 1], end)
-            in_order = lambda: in_order_granules(at, begin, end)
-            listed = lambda: listed_granules(item_at, num_items, at)
+            in_order = lambda: in_order_items(at, begin, end)
+            listed = lambda: listed_items(items_gm, num_items, lane, at)
             if not self.listed:
-                granules, masks = in_order()
-            elif not last:
-                granules, masks = listed()
-            else:  # of rows in order there are no items, and where these lie others are being written
-                granules, masks = lax.cond(kind == last, listed, in_order)
-            return kind, tuple(granules), tuple(masks)
+                return kind, in_order()
+            return kind, lax.cond(kind == last, listed, in_order) if last else listed()
 
         return find
 

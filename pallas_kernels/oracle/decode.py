@@ -5,7 +5,7 @@ Same signatures and layouts as the kernels' wrappers, no helper shared with them
 
 import numpy as np
 
-from squeezejax.pallas_kernels.hopper.work_list import Kept
+from squeezejax.pallas_kernels.hopper.work_list import Lists
 
 
 def attend(q, in_order, listed, step):
@@ -22,8 +22,8 @@ def attend(q, in_order, listed, step):
                 for found, cache in ((keys, source.keys), (values, source.values)):
                     rows = cache[b, :n, k] if source.own else cache[layer, k, :n]
                     found.append(np.asarray(rows, np.float64))
-            if listed is not None and not (listed.may_skip and everything):
-                rows = rows_of(listed.kept, b * K + k)
+            if listed is not None:
+                rows = rows_of(listed.lists, b * K + k)
                 for found, cache in ((keys, listed.keys), (values, listed.values)):
                     found.append(np.asarray(cache[layer, k], np.float64)[rows])
             if sum(map(len, keys)):
@@ -41,39 +41,29 @@ def attend_rows(q, keys, values):
     return weights @ values / total, (top + np.log(total))[:, 0]
 
 
-def rows_of(kept, lane: int) -> np.ndarray:
-    """The rows of the runs that a lane keeps (`work_list.Kept`), in their order, the head beginning with a granule."""
-    tiles = kept.starts.shape[1] // 64 if kept.num_read is None else -(-int(kept.num_read[lane]) // 8)
-    starts, stops = (np.asarray(x)[lane, : 64 * tiles] for x in (kept.starts, kept.stops))
-    return np.concatenate([np.zeros(0, int), *(np.arange(*run) for run in zip(starts, stops, strict=True))])
+def rows_of(lists, lane: int) -> np.ndarray:
+    """The rows that a lane's list names (`work_list.Lists`), in its order, the head beginning with a granule."""
+    items = np.asarray(lists.items)[lane, : int(lists.num_items[lane])]
+    named = (items[:, None] >> np.arange(8) & 1).astype(bool)
+    return ((items[:, None] >> 8) * 8 + np.arange(8))[named]
 
 
-def keep(masks, rng) -> Kept:
-    """What marking would leave of rows bool[lanes R] that are kept: their runs, in any order, among clusters that are
-    not; some lanes have fewer tiles than others."""
+def lists_of(masks, rng) -> Lists:
+    """Lists of rows bool[lanes R] that are kept, their granules in any order and some of them cut in two."""
     lanes, R = masks.shape
-    edges = np.diff(np.pad(masks, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    runs = [np.stack([np.flatnonzero(lane == 1), np.flatnonzero(lane == -1)]) for lane in edges]
-    tiles = [-(-2 * lane.shape[1] // 64) + rng.integers(0, 2) for lane in runs]  # half of the clusters or more are not
-    P = 64 * max(1, *tiles)
-    starts = rng.integers(0, R, (lanes, P)).astype(np.int32)
-    stops, counts = starts.copy(), np.zeros((lanes, P), np.int32)
-    for u, (begins, ends) in enumerate(runs):
-        at = rng.permutation(64 * tiles[u])[: len(begins)]
-        starts[u, at], stops[u, at] = begins, ends
-        for tile in range(tiles[u]):
-            taken = set()
-            for i in sorted(at[at // 64 == tile], key=lambda i: starts[u, i]):
-                granules = set(range(starts[u, i] // 8, (stops[u, i] - 1) // 8 + 1))
-                counts[u, i] = len(granules - taken)
-                taken |= granules
-    by_tile = lambda x: x.reshape(lanes, -1, 64)
-    positions = (np.cumsum(by_tile(counts), axis=2) - by_tile(counts)).reshape(lanes, P).astype(np.int32)
-    items = np.full((-(-P // 64 // 64) * 64, -(-lanes // 8) * 8), 12345, np.int32)  # what nobody has means nothing
-    items[: P // 64, :lanes] = by_tile(counts).sum(axis=2).T
-    tile_rows = by_tile(stops - starts).sum(axis=2).astype(np.int32)
-    read = np.pad(np.array([8 * n - (n > 0) * rng.integers(0, 8) for n in tiles], np.int32), (0, -lanes % 8))
-    return Kept(starts, stops, counts, positions, items, tile_rows, read)
+    bits = (masks.reshape(lanes, -1, 8) << np.arange(8)).sum(axis=2)
+    found = []
+    for lane in bits:
+        part = np.where(rng.random(len(lane)) < 0.1, rng.integers(0, 256, len(lane)), 255)
+        both = np.concatenate([lane & part, lane & ~part])
+        items = np.tile(np.arange(R // 8), 2) * 256 + both
+        found.append(rng.permutation(items[both > 0]))
+    num_items = np.array([len(items) for items in found], np.int32)
+    items = np.full((lanes, R // 4), 12345, np.int32)  # what nobody has means nothing
+    for row, some in zip(items, found, strict=True):
+        row[: len(some)] = some
+    offsets = np.concatenate([[0], np.cumsum(-(-num_items // 8))]).astype(np.int32)
+    return Lists(offsets, num_items, items)
 
 
 def log_scores(q, centroids, counts):
@@ -107,6 +97,47 @@ def descend(q, levels, log_T):
             alive = np.zeros(np.asarray(level.child_counts).sum(), bool)
             alive[children] = True
     return found
+
+
+def descend_codes(q, levels, keys, sinks, line, log_T, turn):
+    """One head by our rule, q [G H]: for every level, and then for keys, (log A f64, kept bool).
+
+    levels as for `descend`, with codes, steps, offset and spreads; keys (u8[R …], steps [R]) or None; sinks [s H]; line
+    (a, b) f64[G 2]; turn [H H] is how codes' rows were turned.
+    """
+    q = np.asarray(q, np.float64) / np.sqrt(q.shape[1])
+    turned, half_square = q @ np.asarray(turn, np.float64).T, (q * q).sum(axis=1) / 2
+    found, alive, lse = [], True, None
+    mean = lambda scores: np.log(np.mean(np.exp(scores - lse), axis=1))
+    for level, log_t in zip(levels, log_T, strict=False):
+        counts = np.where(alive, level.counts, 0)
+        dots = (rounded(level.codes, level.steps, q.shape[1]) + level.offset) @ turned.T
+        scores = dots + np.asarray(level.spreads, np.float64)[:, None] * half_square
+        if lse is None:
+            mass = counts @ np.exp(scores) + np.exp(np.asarray(sinks, np.float64) @ q.T).sum(axis=0)
+            lse = line[:, 0] + line[:, 1] * np.log(mass)
+        log_A = np.where(counts > 0, mean(scores), -np.inf)
+        found.append((log_A, log_A > float(log_t)))
+        if level.child_starts is not None:
+            alive = np.zeros(np.asarray(level.child_counts).sum(), bool)
+            alive[kept_rows(found[-1][1], np.asarray(level.child_starts), np.asarray(level.child_counts))] = True
+    if keys is not None:
+        scores = np.full((len(keys[0]), len(q)), -np.inf)
+        for c in np.flatnonzero(found[-1][1]):
+            rows = slice(levels[-1].starts[c], levels[-1].starts[c] + levels[-1].counts[c])
+            scores[rows] = rounded(keys[0][rows], keys[1][rows], q.shape[1]) @ turned.T + dots[c]
+        with np.errstate(divide="ignore"):
+            log_A = mean(scores)
+        found.append((log_A, log_A > float(log_T[-1])))
+    return found
+
+
+def rounded(packed, steps, H: int) -> np.ndarray:
+    """The rows f64[… H] of codes u8[… bits·H/8], as codes.py has them."""
+    bits = 8 * packed.shape[-1] // H
+    parts = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    levels = np.concatenate(parts, axis=-1).astype(np.float64) - (2**bits - 1) / 2
+    return levels * np.asarray(steps, np.float64)[..., None]
 
 
 def kept_rows(kept, starts, counts) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import squeezejax
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.hopper import decode, mosaic, self_check
+from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
 TOLERANCE = {"bfloat16": 8e-3, "float16": 1e-3}
 
@@ -17,9 +18,10 @@ def random_cache(rng, shape, dtype):
     return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
-def random_tree(rng, fractions, K, G, H, S, W, L, dtype):
-    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W)
-    keys, values = (random_cache(rng, (L, K, S + W, H), dtype) for _ in range(2))
+def random_tree(rng, fractions, K, G, H, S, W, L, dtype, ours=False):
+    make = squeezejax.SqueezeConfig if ours else squeezejax.SqueezeConfig.paper
+    config = make(cluster_fractions=fractions, observation_window=W)
+    keys, values = (random_cache(rng, (L, K, S + config.always_read, H), dtype) for _ in range(2))
     clusters = config.num_clusters(S)  # labels at random: K-means would take longer to compile than the kernels
     labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
     for entry, C in zip(labels, clusters, strict=True):
@@ -28,10 +30,12 @@ def random_tree(rng, fractions, K, G, H, S, W, L, dtype):
     return squeezejax.calibrate(tree, random_cache(rng, (L, K * G, W or 9, H), dtype))
 
 
-def check(fractions, sparsities=(0.8,), B=1, K=2, G=2, H=64, S=403, W=20, L=2, room=5, dtype="bfloat16", seed=0):
+def check(
+    fractions, sparsities=(0.8,), B=1, K=2, G=2, H=64, S=403, W=20, L=2, room=5, dtype="bfloat16", seed=0, ours=False
+):
     """Kernels and plain XLA, users with tokens of different number, the last of them inactive."""
     rng = np.random.default_rng(seed)
-    tree = random_tree(rng, fractions, K, G, H, S, W, L, dtype)
+    tree = random_tree(rng, fractions, K, G, H, S, W, L, dtype, ours)
     q = 2 * random_cache(rng, (B, 1, K * G, H), dtype)
     k, v = (random_cache(rng, (B, room, K, H), dtype) for _ in range(2))
     lengths = jnp.asarray(rng.integers(1, room + 1, B), jnp.int32)
@@ -52,9 +56,32 @@ def attend_hierarchical():
     check((0.08, 0.3), B=2, dtype="float16", W=0, room=70)
 
 
+def attend_default():
+    """The default index: codes of centroids and keys, spreads, the sinks' denominator."""
+    check((0.1,), sparsities=(0.8, 0.0, 1.0), B=2, ours=True)
+
+
+def same_keys():
+    """By the default index, flat and in two levels, exactly the keys that plain XLA keeps."""
+    for fractions, dtype in (((0.1,), "bfloat16"), ((0.05, 0.2), "float16")):
+        rng = np.random.default_rng(3)
+        tree = random_tree(rng, fractions, 2, 4, 64, 403, 20, 2, dtype, ours=True)
+        q = 2 * random_cache(rng, (1, 8, 64), dtype)
+        log_T = squeezejax.log_thresholds(tree, 0.7)
+        want = squeezejax.select(tree, q, layer=1, log_thresholds=log_T).key_mask(tree)
+        with mosaic.interpret():
+            step = decode.Step(jnp.ones(1, jnp.int32), log_T, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
+            found = decode.select(q.reshape(1, 2, 4, 64), decode.Index.of(tree), step, tree.keys.shape[2])
+        for k in range(2):
+            rows = reference_decode.rows_of(found.lists, k)
+            positions = np.asarray(tree.order)[1, k, rows]
+            np.testing.assert_array_equal(np.sort(positions), np.flatnonzero(want[k]))
+            assert 0 < len(rows) < 403
+
+
 def equal_keys():
     """All scores tie with the threshold: only the window is kept, to the last bit (docs/method.md, Numerical traps)."""
-    config = squeezejax.SqueezeConfig(cluster_fractions=(0.2,), observation_window=8)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=(0.2,), observation_window=8)
     keys = jnp.ones((1, 2, 400 + 8, 64), jnp.bfloat16)
     values = random_cache(np.random.default_rng(0), keys.shape, "bfloat16")
     labels = (np.tile(np.arange(400) % 80, (1, 2, 1)),)
@@ -64,7 +91,7 @@ def equal_keys():
     q = jnp.ones((1, 2, 2, 64), jnp.bfloat16)
     with mosaic.interpret():
         step = decode.Step(jnp.zeros(1, jnp.int32), log_T, jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32))
-        found = decode.select(q, tree.levels, step, tree.keys.shape[2])
+        found = decode.select(q, decode.Index.of(tree), step, tree.keys.shape[2])
     assert (np.asarray(found.num_kept) == 0).all()
 
 
@@ -82,16 +109,17 @@ def padded_in_the_middle():
 
 def self_checked():
     """The check that lets `None` choose the kernels passes with them, and fails with a wrong one."""
-    self_check.TILES, self_check.TIES = 3, 4  # rings wrap in other checks
+    self_check.TILES, self_check.TIES = 1, 4  # rings wrap in other checks
     with mosaic.interpret():
-        self_check.decode_step(64, 2, "bfloat16")
-        attend = decode.attend_kept
-        decode.attend_kept = lambda q, *rest: attend(q * 1.1, *rest)
-        try:
-            self_check.decode_step(64, 2, "bfloat16")
-        except ArithmeticError:
-            return
-    raise AssertionError("queries a tenth too large went unnoticed")
+        self_check.decode_step(64, 2, "bfloat16", 4, 2)
+        for name, part in (("attend_kept", self_check.attention), ("select", self_check.selection_by_codes)):
+            right = getattr(decode, name)
+            setattr(decode, name, lambda q, *rest, right=right, **options: right(q * 1.1, *rest, **options))
+            try:
+                part(64, 2, "bfloat16", *([4, 2] if name == "select" else []))
+            except ArithmeticError:
+                continue
+            raise AssertionError("queries a tenth too large went unnoticed")
 
 
 if __name__ == "__main__":

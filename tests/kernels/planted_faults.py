@@ -21,8 +21,9 @@ HERE = pathlib.Path(__file__)
 ROOT = HERE.parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "planted_faults.md"
 OPERATIONS = ("barrier_wait", "barrier_arrive", "commit_smem", "wait_smem_to_gmem")
-IDLE = 12.0  # seconds without work after which a process hangs
-MOST = 900.0  # seconds that one may take
+POLL = 0.2  # seconds between looks at a process
+IDLE = 60  # looks in a row without work after which it hangs: not seconds, in which it may have been stopped
+MOST = 400.0  # seconds of CPU time that one may take
 NOTHING = "**nothing**"
 INTRO = f"""# Planted faults
 
@@ -40,13 +41,21 @@ def sparse_decode():
     import interpreted_attention as attention
 
     config = attention.sparse_decode.Config(stages=2, num_ctas=1)
-    attention.check([[150, 3], [0, 20]], R=1280, config=config, window=20, room=9)
+    attention.check([[60, 3], [0, 20]], R=512, config=config, window=20, room=9)
 
 
 def centroid_scores():
-    import interpreted_selection
+    import interpreted_selection as selection
 
-    interpreted_selection.deep()
+    with selection.one_cta():
+        selection.check((300, 400), K=2, L=1, S=900, fraction=0.8, dead=0.0)
+
+
+def codes():
+    import interpreted_selection as selection
+
+    with selection.one_cta():
+        selection.check_codes((300,), K=2, L=1, S=900, unit=1, fraction=0.6, dead=0.0)
 
 
 def sparse_prefill(H: int = 64):
@@ -79,7 +88,8 @@ def kmeans_assign():
 
 CASES = {
     "sparse_decode": sparse_decode,
-    "centroid_scores, keep_clusters": centroid_scores,
+    "centroid_scores, keep_clusters, list_items": centroid_scores,
+    "the same and keep_keys, of codes": codes,
     "sparse_prefill": sparse_prefill,
     "sparse_prefill, heads of 192": functools.partial(sparse_prefill, 192),
     "score_statistics, score_sums": block_scores,
@@ -125,21 +135,26 @@ def run(case: str, fault: str | None) -> tuple[str, dict]:
     elif "AssertionError" in complaint:
         seen.append("a wrong result")
     elif process.returncode:
-        seen.append("an error: " + complaint.strip().splitlines()[-1][:110].replace("|", "/"))
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", complaint, re.M) or [
+            "it ended with " + str(process.returncode)
+        ]
+        seen.append("an error: " + errors[-1][:110].replace("|", "/"))
     return ", ".join(seen) or NOTHING, sites
 
 
 def _wait(process) -> bool:
-    """Whether it had to be ended, after `MOST` seconds or when for `IDLE` none of its threads wanted to run."""
-    start = last = time.monotonic()
+    """Whether it had to be ended: when `IDLE` times in a row none of its threads wanted to run, or after `MOST`."""
+    idle = 0
     while process.poll() is None:
-        time.sleep(0.2)
-        now = time.monotonic()
+        time.sleep(POLL)
+        used, idle = 0.0, idle + 1
         for thread in pathlib.Path(f"/proc/{process.pid}/task").glob("*/stat"):
             with contextlib.suppress(OSError):
-                if thread.read_text().rsplit(")", 1)[1].split()[0] in "RD":
-                    last = now
-        if now - last > IDLE or now - start > MOST:
+                state, *numbers = thread.read_text().rsplit(")", 1)[1].split()
+                used += sum(map(int, numbers[10:12])) / os.sysconf("SC_CLK_TCK")
+                if state in "RDT":
+                    idle = 0
+        if idle > IDLE or used > MOST:
             process.kill()
             process.wait()
             return True

@@ -12,11 +12,12 @@ if jax.__version_info__ < (0, 11):
 if importlib.util.find_spec("jax_plugins.xla_cuda13") is None and importlib.util.find_spec("jax_plugins") is None:
     pytest.skip("compiling for an H200 needs jax[cuda13]", allow_module_level=True)
 
-# Kernels: scores and marks of each level; attention; merge. XLA launches nothing between them.
+# Kernels: scores, marks and lists of each level; scores and lists of keys; attention; merge. Launches: also what XLA
+# sums up between them, and for codes the queries' parts and terms.
 CASES = {
-    "flat": ({"head_dim": 128, "group": 4}, 4),
-    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 6),
-    "users": ({"head_dim": 64, "group": 2, "users": 4}, 4),
+    "flat": ({"head_dim": 128, "group": 4}, 5, 10),
+    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 18),
+    "codes": ({"head_dim": 128, "group": 4, "users": 2, "ours": True}, 7, 30),
 }
 PROGRAM = """
 import json, sys
@@ -55,7 +56,7 @@ for line in open(plan):
         names.append(len(graphs) > 0)
 print(json.dumps([names, len(launches(program, "sparse_decode")), program.temporaries / cache, copies]))
 """
-DECODE = ("centroid_scores", "keep_clusters", "sparse_decode", "merge_shares")
+DECODE = ("centroid_scores", "keep_clusters", "list_items", "sparse_decode", "merge_shares")
 
 
 def test_a_whole_generate_holds_the_kernels_once_in_graphs_and_no_copy():
@@ -65,9 +66,11 @@ def test_a_whole_generate_holds_the_kernels_once_in_graphs_and_no_copy():
     run = run_python("-c", GENERATE)
     assert run.returncode == 0, run.stderr[-3000:]
     names, launches, temporaries, copies = json.loads(run.stdout.splitlines()[-1])
-    assert [names.count(name) for name in DECODE] == [1] * 4
-    assert names[-4:] == [True] * 4  # calls in a graph; decoding comes last in the program
-    assert launches <= 24  # of a layer: products, norms, writes to the users' cache, these four
+    assert [names.count(name) for name in DECODE] == [1] * 5
+    assert names[-5:] == [True] * 5  # calls in a graph; decoding comes last in the program
+    assert (
+        launches <= 30
+    )  # of a layer: products, norms, writes to the users' cache, these five and what XLA computes for them
     assert temporaries < 0.6
     assert not copies
 
@@ -81,10 +84,15 @@ def compiled():
     return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
 
 
+# All on one worker, so that what they share is compiled once.
+pytestmark = pytest.mark.xdist_group("compiled")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_launches_of_a_decode_step(compiled, case):
     kernels, launches, *_ = compiled[case]
-    assert kernels == launches == CASES[case][1]
+    assert kernels == CASES[case][1]
+    assert launches <= CASES[case][2]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,9 +14,11 @@ CHECKS = {
     "interpreted_attention": (
         "head_sizes", "groups", "uneven_lanes", "extremes", "windows", "in_order_only", "deep", "drawn",
     ),
-    "interpreted_selection": ("flat", "two_levels", "three_levels", "deep", "no_survivor", "many_clusters", "drawn"),
+    "interpreted_selection": ("flat", "two_levels", "three_levels", "deep", "no_survivor", "many_clusters", "drawn",
+                              "codes_flat", "codes_levels", "codes_deep"),
     "interpreted_step": (
-        "attend_flat", "attend_hierarchical", "equal_keys", "padded_in_the_middle", "self_checked",
+        "attend_flat", "attend_hierarchical", "attend_default", "same_keys", "equal_keys", "padded_in_the_middle",
+        "self_checked",
     ),
 }  # fmt: skip
 

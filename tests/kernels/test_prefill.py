@@ -123,7 +123,7 @@ def lists():
 
 
 def make_tree(rng, fractions, block, K=2, G=2, H=64, S=403, W=20, L=2):
-    config = squeezejax.SqueezeConfig(cluster_fractions=fractions, observation_window=W, query_block=block)
+    config = squeezejax.SqueezeConfig.paper(cluster_fractions=fractions, observation_window=W, query_block=block)
     clusters = config.num_clusters(S)
     labels = [rng.integers(0, C, (L, K, below)) for C, below in zip(clusters, (*clusters[1:], S), strict=True)]
     for entry, C in zip(labels, clusters, strict=True):

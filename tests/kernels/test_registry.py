@@ -18,7 +18,7 @@ from squeezejax.pallas_kernels.interface import Own, Reading
 def arguments(dtype=jnp.bfloat16, context=None, reading=Reading(), **changes):  # noqa: B008 - frozen
     """What a decode step is handed: one token of one user, 8 query and 2 key/value heads of 128."""
     shape = lambda *axes: jax.ShapeDtypeStruct(axes, dtype)
-    level = SimpleNamespace(centroids=jax.ShapeDtypeStruct((1, 2, 20, 128), jnp.float32))
+    level = SimpleNamespace(centroids=jax.ShapeDtypeStruct((1, 2, 20, 128), jnp.float32), codes=None)
     config = SqueezeConfig.paper(**changes)
     tree = SimpleNamespace(config=config, levels=[level], keys=shape(1, 2, 512, 128), window_keys=shape(1, 2, 16, 128))
     own = Own(shape(1, 8, 2, 128), shape(1, 8, 2, 128), None, None)
@@ -87,13 +87,40 @@ def test_kernels_that_fail_their_check_are_not_chosen(monkeypatch):
         {"score": "variance"},
         {"cache_bits": 8},
     ],
-    ids=["float32", "a split context", "estimates", "our rule", "8 bits"],
+    ids=["float32", "a split context", "estimates", "our rule with plain means", "8 bits"],
 )
 def test_what_kernels_cannot_take_is_left_to_xla_or_refused(monkeypatch, changes):
     monkeypatch.setattr(self_check, "decode_step", lambda *_: pytest.fail("nothing to check"))
     with pytest.raises(NotImplementedError, match="the kernels"):
         chosen("mosaic", **changes)
     assert chosen(registry.AUTO, **changes) == "xla"
+
+
+def by_our_rule(H=128, dtype=jnp.bfloat16, **changes):
+    """`arguments` of a tree with the default index."""
+    tree, q, own, *rest = arguments()
+    config = SqueezeConfig(**changes)
+    packed = lambda bits: jax.ShapeDtypeStruct((1, 2, 64, bits * H // 8), jnp.uint8)
+    shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], H), dtype)
+    levels = [SimpleNamespace(centroids=None, codes=packed(config.index_bits))]
+    tree = SimpleNamespace(
+        config=config, levels=levels, key_codes=packed(config.key_bits), keys=shape(tree.keys), window_keys=shape(q)
+    )
+    return tree, shape(q), Own(shape(own.keys), shape(own.values), None, None), *rest
+
+
+def test_the_default_index_is_decoded_by_kernels_and_prefilled_by_xla():
+    hopper = registry._hopper
+    assert hopper.check("decode", *by_our_rule()) == (128, 4, "bfloat16", 4, 2)
+    assert hopper.check("decode", *by_our_rule(64, jnp.float16, index_bits=8, key_bits=4)) == (64, 4, "float16", 8, 4)
+    with pytest.raises(NotImplementedError, match="blocks of tokens take trees of the paper's rule"):
+        hopper.check("prefill", *by_our_rule())
+    with pytest.raises(NotImplementedError, match="multiples of 16 bytes, got index_bits=4 and key_bits=1 of 64"):
+        hopper.check("decode", *by_our_rule(64, key_bits=1))
+    with pytest.raises(NotImplementedError, match="codes of head sizes"):
+        hopper.check("decode", *by_our_rule(256))
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        hopper.check("decode", *by_our_rule(dtype=jnp.int8))
 
 
 def test_a_third_party_comes_first(monkeypatch):
