@@ -216,7 +216,7 @@ def test_files(tmp_path, rule):
         ({"keys": jnp.zeros((L, K, S, H), jnp.float32)}, "keys has dtype"),
         ({"config": dataclasses.replace(RULES["codes"], cache_bits=16)}, "scales"),
     ],
-    ids=str,
+    ids=["no scales", "a row without one", "a scale that is no number", "floating point", "16 bits"],
 )
 def test_damaged_trees_are_not_saved(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
