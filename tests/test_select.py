@@ -79,7 +79,8 @@ def test_both_ways_of_looking_up_equal_the_oracle(monkeypatch, clusters, most_ro
 
     for fractions in [(0.3, 0.2, 0.5), (0.0, 0.6, 0.9), (0.7, 0.8, 0.0)]:
         log_T = oracle.cutting_thresholds(case, 0, q[0], fractions[: len(clusters)])
-        found, rows = look_up(case.uncalibrated, q, np.array([[True] * 3, [True, True, False]]), log_T)
+        of_users = np.broadcast_to(log_T, (len(q), len(log_T)))
+        found, rows = look_up(case.uncalibrated, q, np.array([[True] * 3, [True, True, False]]), of_users)
         for user, tokens in enumerate([q[0], q[1, :2]]):  # the second user's last token is padding
             mask, gap = case.key_mask(0, tokens, log_T)
             if gap < 2e-6:
