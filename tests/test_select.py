@@ -361,7 +361,7 @@ def test_selection_repeats_bit_for_bit():
         ((3, 4, 6), {"sparsity": 0.5, "log_thresholds": np.zeros(2)}, "not both"),
         ((3, 4, 6), {"log_thresholds": np.zeros(1)}, "one a level"),
         ((3, 4, 6), {"log_thresholds": 0.0}, "one a level"),
-        ((3, 4, 6), {"sparsity": np.array([0.5, 0.6])}, "one number"),
+        ((3, 4, 6), {"sparsity": np.array([0.5, 0.6])}, "given for 2 users"),
     ],
 )
 def test_what_does_not_fit_is_refused(shape, options, message):
