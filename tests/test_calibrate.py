@@ -192,9 +192,12 @@ def test_uncalibrated_tree_is_refused():
         log_thresholds(oracle.make_case().uncalibrated, 0.5)
 
 
-def test_sparsity_is_one_number():
-    with pytest.raises(ValueError, match="one number"):
-        log_thresholds(oracle.make_case().tree, [0.5, 0.6])
+def test_sparsity_is_one_number_or_one_a_user():
+    tree = oracle.make_case().tree
+    of_users = log_thresholds(tree, [0.5, 0.6])
+    np.testing.assert_array_equal(of_users, np.stack([log_thresholds(tree, p) for p in (0.5, 0.6)]))
+    with pytest.raises(ValueError, match="one number, or one a user"):
+        log_thresholds(tree, [[0.5, 0.6]])
 
 
 @pytest.mark.parametrize(

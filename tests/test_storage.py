@@ -580,7 +580,7 @@ def test_rewritten_by_another_program(tmp_path, saved):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     safetensors.numpy.save_file(tensors, tmp_path / "b", metadata=metadata)
     assert "is altered" in refusal(tmp_path / "b")
-    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={**metadata, "version": "3"})
+    safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={**metadata, "version": "4"})
     assert "upgrade squeezejax" in refusal(tmp_path / "b")
 
 
