@@ -165,7 +165,7 @@ def check_tokens(tokens, vocab_size: int) -> jax.Array | np.ndarray:
         raise ValueError(f"tokens must be integers [B T] or [T], got {tokens.dtype} of shape {tokens.shape}")
     if on_host and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise ValueError(f"token ids must lie in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
-    return tokens
+    return tokens.astype(np.int32) if on_host else tokens
 
 
 def check_context(tokens, vocab_size: int) -> jax.Array:

@@ -98,15 +98,11 @@ class PlainTokenizer:
 
     def __init__(self, backend, special: dict[str, str], chat_template: str | None):
         """backend, of the library `tokenizers`; `special`, tokens by the name that templates know them by."""
-        self._backend, self._special, self._chat_template = backend, special, chat_template
+        self._backend, self._special = backend, special
+        self.chat_template = chat_template  # Jinja's text of how a conversation is written; may be set to another
         # As in transformers, what tokenizer.json says of lengths is for callers who ask for it, and none does here.
         backend.no_truncation()
         backend.no_padding()
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja's text of how a conversation is written."""
-        return self._chat_template
 
     @property
     def bos_token_id(self) -> int | None:
@@ -151,14 +147,16 @@ class PlainTokenizer:
     def apply_chat_template(self, conversation, *, tokenize: bool = False, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, messages with role and content."""
         given = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(messages=[dict(message) for message in conversation], **given, **self._special)
-
-    @functools.cached_property
-    def _template(self):
-        return _environment().from_string(self.chat_template)
+        messages = [dict(message) for message in conversation]
+        return _compiled(self.chat_template).render(messages=messages, **given, **self._special)
 
     def _id(self, name: str) -> int | None:
         return self._backend.token_to_id(self._special[name]) if name in self._special else None
+
+
+@functools.cache
+def _compiled(template: str):
+    return _environment().from_string(template)
 
 
 def _environment():
