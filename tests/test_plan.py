@@ -56,7 +56,8 @@ def test_by_hand():
     assert made.memory.centroids == 100 * 4 * 4
     table = 1001 + 90 + 2 * 100  # the grid's points, those of its finer end, two steps a cluster
     assert made.memory.index == 4 * 1000 + 3 * 4 * 100 + 4 * 2 * table + 32
-    assert made.memory.state == 2 * 2 * 30 * 4 * 2 + 4 * 2 * 10 + 2 * 4 * 2
+    # Keys and values, the tokens behind them, logits, lengths and kept fractions.
+    assert made.memory.state == 2 * 2 * 30 * 4 * 2 + 4 * 2 * 30 + 4 * 2 * 10 + 2 * 4 * 2
     assert made.dense.keys_values == made.memory.keys_values
     assert made.dense.weights == made.memory.weights - 2 * 10 * 4  # of the embedding, a row a user
     assert made.squeezed.keys_values == 0.25 * made.memory.keys_values * 2  # each user reads keys of its own
