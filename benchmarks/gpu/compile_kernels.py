@@ -77,7 +77,7 @@ class Case:
     @property
     def most_launches(self) -> int:
         """The kernels, sums between them by XLA, and for codes the queries' parts and terms."""
-        return 8 * len(self.fractions) + (22 if self.bits else 2)
+        return 8 * len(self.fractions) + (23 if self.bits else 2)
 
 
 # A kernel depends on the size of heads, on whether groups are of more than 8, and on whether lists are read; hardly on
@@ -91,11 +91,11 @@ CASES = (
     Case(128, 4, num_keys=2**19, fractions=(0.01, 0.05)),
     Case(128, 4, num_keys=2**21, fractions=(0.002, 0.01, 0.05)),
     Case(128, 4, users=32, fractions=(0.01, 0.05)),
-    *(Case(head_dim, 4, bits=CODES) for head_dim in (64, 128)),
+    *(Case(head_dim, 4, bits=CODES) for head_dim in (64, 128, 256)),
     Case(128, 4, bits=(8, 1)),
     Case(128, 4, users=8, fractions=(0.01, 0.05), bits=CODES),
     Case(64, 16, fractions=(0.01, 0.05), bits=CODES),
-    Case(128, 16, fractions=(0.01, 0.05), bits=(8, 4)),
+    *(Case(head_dim, 16, fractions=(0.01, 0.05), bits=(8, 4)) for head_dim in (128, 256)),
 )
 
 
