@@ -30,6 +30,7 @@ from squeezejax.pallas_kernels.hopper.mosaic import (
     count_ctas,
     full,
     load,
+    products,
     rows,
     swizzled,
 )
@@ -248,10 +249,4 @@ class _Codes:
                 levels = (lax.shift_right_logical(packed, i * bits) & most).astype(jnp.float32) - most / 2
                 levels_sm[:, pl.ds(i * self.width + c, width)] = levels.astype(jnp.bfloat16)
         plgpu.commit_smem()
-
-        def multiply(acc):
-            for part in range(PARTS):
-                plgpu.wgmma(acc, levels_sm, q_sm.at[pl.ds(part * M, M)].T)
-            return acc[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((TILE, M), jnp.float32))
+        return products((TILE, M), *((levels_sm, q_sm.at[pl.ds(part * M, M)].T) for part in range(PARTS)))

@@ -263,8 +263,9 @@ def block_selection(head_dim: int, dtype: str):
 def assignment(head_dim: int):
     """Raises ArithmeticError unless the nearest two centres of random rows are right, and twice the same."""
     rng = np.random.default_rng(0)
-    numbers = 700, TILES * kmeans_assign.TILE + 7  # every CTA meets all centres
-    rows, centres = (rng.standard_normal((number, head_dim)) for number in numbers)
+    centres = rng.standard_normal((TILES * kmeans_assign.TILE + 7, head_dim))  # every CTA meets all of them
+    near = np.linspace(0, len(centres) - 1, 700).astype(int)  # of every tile, the last one and its padding as well
+    rows = centres[near] + rng.standard_normal((700, head_dim))
     rows, centres = (jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.bfloat16) for x in (rows, centres))
     nearest = jax.jit(lambda rows, centres: kmeans_assign.nearest(rows, centres, with_second=True))
     first, second = (jax.device_get(nearest(rows, centres)) for _ in range(2))
