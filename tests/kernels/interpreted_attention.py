@@ -76,7 +76,7 @@ def check(
 
 
 def head_sizes():
-    for H in sparse_decode.HEAD_DIMS:
+    for H in mosaic.HEAD_DIMS:
         check([[19]], H=H, window=12, room=9)
 
 

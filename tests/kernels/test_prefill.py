@@ -59,7 +59,7 @@ def check_attention(counts, M=20, K=2, H=64, L=1, R=256, dtype="bfloat16", confi
 
 
 def head_sizes():
-    for H in sparse_prefill.HEAD_DIMS:
+    for H in mosaic.HEAD_DIMS:
         check_attention([19, 0], H=H, L=2, dtype="float16" if H == 64 else "bfloat16")
     with pytest.raises(NotImplementedError, match="head sizes"):
         prefill.check(jnp.zeros((1, 2, 4, 80), jnp.bfloat16), jnp.zeros((1, 2, 8, 80), jnp.bfloat16))
