@@ -90,6 +90,7 @@ class Backend(Protocol):
     """One way of computing everything; a method that cannot take its arguments raises NotImplementedError first."""
 
     name: str  # what `implementation=` calls it
+    checked: str  # how it is known to be right, for people
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, as the end of a sentence ("needs a …"); None if it can."""

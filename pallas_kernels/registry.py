@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import NamedTuple
 
 from squeezejax.pallas_kernels.hopper.backend import Hopper
 from squeezejax.pallas_kernels.interface import Backend, Layout
@@ -45,6 +46,25 @@ def resolve(implementation: str | None) -> str:
         reason = next(backend.missing() for backend in _backends if backend.name == implementation)
         raise NotImplementedError(f"implementation={implementation!r} {reason}; use None or 'xla'")
     return implementation
+
+
+def preferred() -> str:
+    """The first backend that can run on this machine: what `None` begins with."""
+    return next(backend.name for backend in _backends if backend.missing() is None)
+
+
+class Surveyed(NamedTuple):
+    """What there is to know of a backend on this machine."""
+
+    name: str
+    missing: str | None  # why it does not run here, as the end of a sentence; None: it does
+    checked: str  # how it is known to be right
+
+
+def survey() -> list[Surveyed]:
+    """All backends, best first."""
+    of = lambda backend: Surveyed(backend.name, backend.missing(), getattr(backend, "checked", "not said"))
+    return [of(backend) for backend in _backends]
 
 
 def choose(implementation: str, task: str, *arguments) -> Backend:

@@ -19,7 +19,7 @@ from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax
 
 # Rows of a piece. XLA's GPU backend turns a sum over 32 rows and more, or over 2, 4, 8 or 16, into one along the
 # fastest axis, by writing down what is summed with its axes swapped: all values, again. Of other numbers it does not.
-PIECE = 24
+PIECE = 31
 # Fractions of all rows that the rooms hold, the smallest that suffices being taken. The last holds everything.
 ROOMS = (1 / 16, 1 / 8, 1 / 4, 1.0)
 

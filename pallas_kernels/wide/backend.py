@@ -29,6 +29,7 @@ class Wide(Xla):
     """The backend "wide"; see `interface.Backend` for its methods."""
 
     name = "wide"
+    checked = "against plain XLA in tests, on CPUs; compiled for GPUs, never run on a GPU or TPU yet"
     forced = False  # taken to run here: for tests on a CPU, and for compiling without a device
 
     def missing(self) -> str | None:
@@ -172,6 +173,15 @@ def _attend_own(q, own: Own):
     q = jnp.pad(q, ((0, 0), (0, -T % block), (0, 0), (0, 0), (0, 0)))
     found = jax.lax.map(lambda first: own_block(q, own, first, block, T)[2], jnp.arange(0, T, block))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in found)
+
+
+def step_bytes(tree, group: int, users: int) -> int:
+    """Temporaries of a decode step that selects, at most, and what its program derives of the tree beforehand."""
+    L, K, R, H = tree.keys.shape
+    q = jax.ShapeDtypeStruct((users, 1, K, group, H), tree.dtype)
+    affordable = [room_bytes(P, group, H) for P in rooms(users * K, R)]
+    largest = max((size for size in affordable if size <= MOST_BYTES), default=0)
+    return 4 * L * K * R + select.temporaries(tree, q) + largest
 
 
 def _chunk(rows: int) -> int:
