@@ -10,8 +10,7 @@ import oracle
 import pytest
 
 import squeezejax
-from squeezejax import SqueezeConfig
-from squeezejax.online import buckets
+from squeezejax import SqueezeConfig, buckets
 
 RNG = np.random.default_rng(3)
 CONTEXT = RNG.integers(0, 31, 4 + 40 + 6)

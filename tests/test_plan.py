@@ -108,8 +108,8 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     """While the last layer is clustered, at least the floor is alive, and little more."""
     module, alive = importlib.import_module("squeezejax.offline.squeeze"), []
 
-    def build_layer(*arguments):
-        layer = build.build_layer(*arguments)
+    def build_layer(*arguments, **options):
+        layer = build.build_layer(*arguments, **options)
         alive.append(sum(x.nbytes for x in jax.live_arrays()))
         return layer
 
