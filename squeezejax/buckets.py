@@ -65,6 +65,11 @@ def tracing() -> bool:
     return isinstance(jax.device_put(np.int32(0)), jax.core.Tracer)
 
 
+def pad_tokens(tokens):
+    """Questions' tokens [B T], of the host or a device, in the columns of their bucket, zeros behind them."""
+    return pad_columns(tokens, round_up(tokens.shape[1], QUESTION), fill=0)
+
+
 def pad_columns(array, width: int, fill: int):
     """array [B n], of the host or a device, with columns of `fill` up to width."""
     if array.shape[1] == width:

@@ -141,7 +141,7 @@ def plan(
     state = jax.eval_shape(lambda *made: empty_state(*made, users, room), params, tree)
     return Plan(
         num_tokens=num_tokens,
-        clusters=tuple(level.counts.shape[2] for level in tree.levels),
+        clusters=config.num_clusters(tree.num_keys),
         axes=() if mesh is None else tuple(mesh.shape.items()),
         users=users,
         room=room,

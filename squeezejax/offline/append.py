@@ -60,7 +60,7 @@ def append(
     first_row = 0 if shape is None else shape.first_row
     seeds = jax.random.split(jax.random.key(0) if key is None else key, L)
     num_queries = min(config.observation_window or FALLBACK_QUERIES, length)
-    clustering = clustering_for(params, config, tree.context_length + length)
+    clustering = clustering_for(params, tree.config, tree.context_length + length)
     report = Reporter(L, layer_work(params.config, length, config, tree), progress)
     W = config.observation_window
     num_rows, real = room_for(W + length, config, clustering, tree.dtype)

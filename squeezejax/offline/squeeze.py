@@ -128,7 +128,9 @@ def _beside(x, layer: TreeLayer) -> TreeLayer:
 def clustering_for(params, config: SqueezeConfig, num_tokens: int) -> Clustering:
     """How keys of a context of num_tokens tokens are clustered; a model may say how fast RoPE turns its dimensions."""
     frequencies = getattr(params, "key_frequencies", None)
-    return clustering_of(config, frequencies and dimension_weights(frequencies(), num_tokens))
+    # Rounded as the rows are: one program for all of these.
+    rounded = config.always_read + buckets.round_up_rows(num_tokens - config.always_read)
+    return clustering_of(config, frequencies and dimension_weights(frequencies(), rounded))
 
 
 def cluster_layer(keys, values, index: int, *args, **options) -> TreeLayer:

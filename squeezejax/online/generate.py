@@ -171,15 +171,17 @@ def prefill(
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     check_reading(reading, B)
     extra = DEFAULT_ROOM if capacity is None else check_whole("capacity", capacity)
+    in_room = buckets.in_room(tree, reading.implementation)
     if state is None:
         room = buckets.round_up(T + extra, buckets.ROOM)
         check_state_fits(params, tree, B, room)
-        state = empty_state(params, buckets.in_room(tree, reading.implementation), B, room)
+        state = empty_state(params, in_room, B, room)
     else:
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    return _prefill(params, buckets.in_room(tree, reading.implementation), state, _padded(tokens), lengths, reading)
+    tokens = on_device(buckets.pad_tokens(tokens), jnp.int32)
+    return _prefill(params, in_room, state, tokens, lengths, reading)
 
 
 def decode(
@@ -228,17 +230,12 @@ def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Samplin
     max_new_tokens = check_whole("max_new_tokens, the number of tokens to generate,", max_new_tokens, 1)
     check_users(sampling, tokens.shape[0])
     check_reading(reading, tokens.shape[0])
-    tokens, steps = _padded(tokens), buckets.round_up(max_new_tokens, buckets.ANSWER)
+    tokens = on_device(buckets.pad_tokens(tokens), jnp.int32)
+    steps = buckets.round_up(max_new_tokens, buckets.ANSWER)
     check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + steps)
     limit, tree = on_device(max_new_tokens, jnp.int32), buckets.in_room(tree, reading.implementation)
     found = _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, steps, limit)
     return _first_tokens(found, max_new_tokens)
-
-
-def _padded(tokens) -> jax.Array:
-    """Tokens i32[B T], of the host or a device, on the device and in the columns of their bucket."""
-    width = buckets.round_up(tokens.shape[1], buckets.QUESTION)
-    return on_device(buckets.pad_columns(tokens, width, fill=0), jnp.int32)
 
 
 def _first_tokens(found: Generation, num_tokens: int) -> Generation:
