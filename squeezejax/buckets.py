@@ -11,9 +11,9 @@ A program is compiled for shapes, and compiling takes seconds where answering ta
 | stop tokens | the same from 4 on |
 | rows of a tree with codes of keys | multiples of 64, from 4,096 on 32 to 64 steps a doubling |
 
-Nothing that a caller sees depends on it but the room of a state, and rows of order −1 and clusters without keys in a
-tree: padding enters no mean and no cache, and what is
-generated is cut to what was asked for. The number of users is not rounded. Under a caller's `jit` shapes stay as given.
+Nothing that a caller sees depends on it but the room of a state, and in a tree rows of order −1 and clusters without
+keys: padding enters no mean and no cache, and what is generated is cut to what was asked for. The number of users is
+not rounded. Under a caller's `jit` shapes stay as given.
 """
 
 import dataclasses

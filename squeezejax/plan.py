@@ -281,13 +281,14 @@ def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
         level = sum(size for name, size in sizes.items() if name.startswith(f"levels.{i}.") and "parents" not in name)
         centroids.append(math.ceil(level * (looked_at * users if i else 1)))
         looked_at = candidates if ours else 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
-    key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * users
+    chosen = tree.num_keys / tree.keys.shape[2] * users  # never padding
+    key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * chosen
     keys_values = _keys_values(sizes)
     return Reads(
         weights=sum(weights.values()),
         centroids=tuple(centroids) if sparsity > 0 else (),
         key_codes=math.ceil(key_codes) if sparsity > 0 else 0,
-        keys_values=math.ceil(keys_values * (1 - sparsity) * users) if sparsity > 0 else keys_values,
+        keys_values=math.ceil(keys_values * (1 - sparsity) * chosen) if sparsity > 0 else keys_values,
         window=sizes["window_keys"] + sizes["window_values"],
         own=own["keys"] + own["values"],
     )
