@@ -1,8 +1,9 @@
 """Compiles every kernel configuration in use for an H200, without a GPU: `python -m benchmarks.gpu.compile_kernels`.
 
-Fails on any spill, and where two warpgroups reduce through the same shared memory; two processes share the work. Writes
-registers, shared memory and the launches and temporaries of one whole decode step (selection, attention, window and
-user tokens, merge) to benchmarks/results/compile_h200.md. Says nothing about speed.
+Fails on any spill, where two warpgroups reduce through the same shared memory, and where a whole decode step
+(selection, attention, window and user tokens, merge) has other kernels, more launches or more temporaries than it
+should; two processes share the work. Writes what it found to benchmarks/results/compile_h200.md. Says nothing about
+speed.
 """
 
 import concurrent.futures
@@ -29,6 +30,10 @@ from squeezejax.online.sampling import sampling_of  # isort: skip
 from squeezejax.tree import Level, Tree  # isort: skip
 
 TABLE = pathlib.Path(__file__).parents[1] / "results" / "compile_h200.md"
+CODES = 4, 2  # bits of the default index
+# Of one layer's keys and values, at most, for every user: none of these is copied. A layer's float32 centroids, which
+# are where they cannot be fetched from where they lie, are 0.05 of it.
+TEMPORARIES = 0.06
 LAUNCHES = ("fusion", "custom-call", "copy", "while", "conditional", "reduce", "dot", "sort", "scatter", "gather",
             "dynamic-slice", "dynamic-update-slice", "transpose", "pad", "concatenate", "slice", "broadcast",
             "iota", "convert", "add")  # fmt: skip
@@ -48,18 +53,34 @@ class Case:
     layers: int = 2
     window: int = 100
     room: int = 256
-    ours: bool = False  # our rule and codes of keys, not the paper's
+    bits: tuple[int, int] | None = None  # of centroids' and of keys' codes, by our rule; None: the paper's
 
     def __str__(self):
         heads = f"{self.kv_heads * self.group} / {self.kv_heads} of {self.head_dim}"
         users = f", {self.users} users" if self.users > 1 else ""
-        index = ", codes" if self.ours else ""
+        index = ", codes of {} and {} bits".format(*self.bits) if self.bits else ""
         return f"{heads}, {self.num_keys // 1024}K, {len(self.fractions)} level(s), {self.dtype}{users}{index}"
+
+    @property
+    def coded_keys(self) -> bool:
+        """Whether single keys have codes."""
+        return self.bits is not None and self.bits[1] > 0
 
     @property
     def num_thresholds(self) -> int:
         """Of one selection: one a level, and one for keys with codes."""
-        return len(self.fractions) + self.ours
+        return len(self.fractions) + self.coded_keys
+
+    @property
+    def num_kernels(self) -> int:
+        """Scores, marks and lists of each level; scores and lists of keys' codes; attention; merge."""
+        return 3 * len(self.fractions) + 2 * self.coded_keys + 2
+
+    @property
+    def most_launches(self) -> int:
+        """The kernels, sums between them by XLA, copies of a layer's clusters where heads are few and odd (two), one
+        thing more for many users, and for codes the queries' parts and terms."""
+        return 8 * len(self.fractions) + (23 if self.bits else 4)
 
 
 # A kernel depends on the size of heads, on whether groups are of more than 8, and on whether lists are read; hardly on
@@ -73,16 +94,22 @@ CASES = (
     Case(128, 4, num_keys=2**19, fractions=(0.01, 0.05)),
     Case(128, 4, num_keys=2**21, fractions=(0.002, 0.01, 0.05)),
     Case(128, 4, users=32, fractions=(0.01, 0.05)),
-    *(Case(head_dim, group, ours=True) for head_dim, group in ((64, 4), (128, 4), (128, 16))),
-    Case(128, 4, users=8, fractions=(0.01, 0.05), ours=True),
+    *(Case(head_dim, 4, bits=CODES) for head_dim in (64, 128, 256)),
+    Case(128, 4, bits=(8, 1)),
+    Case(128, 4, users=8, fractions=(0.01, 0.05), bits=CODES),
+    Case(64, 16, fractions=(0.01, 0.05), bits=CODES),
+    *(Case(head_dim, 16, fractions=(0.01, 0.05), bits=(8, 4)) for head_dim in (128, 256)),
 )
 
 
 def tree_shapes(case: Case) -> Tree:
     """The shapes of a calibrated tree."""
     shape = jax.ShapeDtypeStruct
-    make = squeezejax.SqueezeConfig if case.ours else squeezejax.SqueezeConfig.paper
-    config = make(cluster_fractions=case.fractions, observation_window=case.window)
+    shared = {"cluster_fractions": case.fractions, "observation_window": case.window}
+    if case.bits:
+        config = squeezejax.SqueezeConfig(**shared, index_bits=case.bits[0], key_bits=case.bits[1])
+    else:
+        config = squeezejax.SqueezeConfig.paper(**shared)
     L, K, H, S = case.layers, case.kv_heads, case.head_dim, case.num_keys
     R, W = -(-S // 8) * 8, config.always_read
     clusters = config.num_clusters(S)
@@ -91,7 +118,7 @@ def tree_shapes(case: Case) -> Tree:
     levels = []
     for C, n in zip(clusters, fields, strict=True):
         level = Level(shape((L, K, C, H), jnp.float32), *[shape((L, K, C), jnp.int32)] * n)
-        if case.ours:
+        if case.bits:
             names = dict(zip(("codes", "steps"), coded(C, config.index_bits), strict=True))
             names |= {"offset": shape((L, K, H), jnp.float32), "spreads": shape((L, K, C), jnp.bfloat16)}
             level = dataclasses.replace(level, centroids=None, **names)
@@ -106,10 +133,12 @@ def tree_shapes(case: Case) -> Tree:
         config=config,
         num_keys=S,
     )
-    if not case.ours:
-        return tree
-    names = dict(zip(("key_codes", "key_steps"), coded(R, config.key_bits), strict=True))
-    return dataclasses.replace(tree, **names, denominators=shape((L, K, case.group, 2), jnp.float32))
+    if case.bits:
+        tree = dataclasses.replace(tree, denominators=shape((L, K, case.group, 2), jnp.float32))
+    if case.coded_keys:
+        names = dict(zip(("key_codes", "key_steps"), coded(R, config.key_bits), strict=True))
+        tree = dataclasses.replace(tree, **names)
+    return tree
 
 
 def compile_step(case: Case, implementation: str = "mosaic") -> deviceless.Program:
@@ -162,20 +191,33 @@ def operations(program: deviceless.Program, kernel: str | None = None):
 
 
 def all_cases() -> list:
-    """(is it a decode step, name, how to compile it) of everything in the table."""
-    steps = [(True, str(case), functools.partial(compile_step, case)) for case in CASES]
-    return steps + [(False, name, compiled) for name, compiled in compile_offline.cases()]
+    """(decode step, or None for another thing; name, how to compile it) of everything in the table."""
+    steps = [(case, str(case), functools.partial(compile_step, case)) for case in CASES]
+    return steps + [(None, name, compiled) for name, compiled in compile_offline.cases()]
 
 
 def compile_row(index: int):
     """One case: (is it a decode step, row of the table, what is wrong)."""
-    is_step, name, compiled = all_cases()[index]
+    case, name, compiled = all_cases()[index]
     program = compiled()
     used = ", ".join(f"{k.name} {k.registers} / {k.shared_memory / 1024:.0f}" for k in program.kernels)
-    counted = f" {len(launches(program))} |" if is_step else ""
-    wrong = [f"{name}: {k.name} spills {k.spilled} bytes" for k in program.kernels if k.spilled]
-    wrong += [f"{name}: {k.name}, {race}" for k in program.kernels for race in k.wrong]
-    return is_step, f"| {name} |{counted} {program.temporaries / 1e6:.1f} | {used} |", wrong
+    wrong = [f"{k.name} spills {k.spilled} bytes" for k in program.kernels if k.spilled]
+    wrong += [f"{k.name}, {race}" for k in program.kernels for race in k.wrong]
+    wrong += [] if case is None else faults(case, program)
+    counted = "" if case is None else f" {len(launches(program))} |"
+    row = f"| {name} |{counted} {program.temporaries / 1e6:.1f} | {used} |"
+    return case is not None, row, [f"{name}: {sentence}" for sentence in wrong]
+
+
+def faults(case: Case, program: deviceless.Program):
+    """What is wrong with a decode step as a whole, in sentences."""
+    if len(program.kernels) != case.num_kernels:
+        yield f"{len(program.kernels)} kernels, not {case.num_kernels}"
+    if len(launches(program)) > case.most_launches:
+        yield f"{len(launches(program))} launches, more than {case.most_launches}"
+    cache = 2 * case.kv_heads * case.num_keys * case.head_dim * 2
+    if program.temporaries > TEMPORARIES * case.users * cache:
+        yield f"temporaries take {program.temporaries} bytes, a layer's keys and values {cache}"
 
 
 def main():
@@ -203,7 +245,8 @@ def main():
         "|---|---|---|",
         *(row for is_step, row, _ in found if not is_step),
         "",
-        f"Spills, and scratch that two warpgroups reduce through: {'; '.join(wrong) or 'none'}.",
+        f"Spills, scratch that two warpgroups reduce through, kernels, launches or temporaries that should not be: "
+        f"{'; '.join(wrong) or 'none'}.",
     ]
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n")

@@ -13,11 +13,12 @@ from squeezejax.pallas_kernels.hopper import block_scores, kmeans_assign
 
 from squeezejax.pallas_kernels.hopper import sparse_prefill  # isort: skip
 from squeezejax.pallas_kernels.hopper.centroid_tiles import Read  # isort: skip
+from squeezejax.pallas_kernels.hopper.mosaic import HEAD_DIMS  # isort: skip
 
 
 def cases():
     """(what, how to compile it) of every kernel configuration in use."""
-    for head_dim in kmeans_assign.HEAD_DIMS:
+    for head_dim in HEAD_DIMS:
         for with_second in (False, True):
             name = f"nearest {'two' if with_second else 'one'} of 6,553 centres, 8 x 131,072 keys of {head_dim}"
             yield name, lambda H=head_dim, second=with_second: compile_assignment(H, second)

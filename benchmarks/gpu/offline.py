@@ -10,6 +10,7 @@ import squeezejax
 from benchmarks.gpu.trees import compare
 from squeezejax.offline.build import build_layer, clustering_of
 from squeezejax.pallas_kernels.hopper import kmeans_assign
+from squeezejax.pallas_kernels.hopper.mosaic import HEAD_DIMS
 from squeezejax.pallas_kernels.oracle import kmeans as reference_kmeans
 
 LAYERS = 32  # of the model that a time is given for: 8 key/value heads of 128, 128K keys, 5 % clusters
@@ -33,7 +34,7 @@ def unit_rows(rng, *shape):
 def check_assignment(dry: bool, seed: int, note):
     """Nearest two centres against float64, and whether two runs agree to the last bit."""
     worst, rng = 0.0, np.random.default_rng(seed)
-    for H in kmeans_assign.HEAD_DIMS[:1] if dry else kmeans_assign.HEAD_DIMS:
+    for H in HEAD_DIMS[:1] if dry else HEAD_DIMS:
         U, S, C = (1, 200, 140) if dry else (4, 5000, 30 * kmeans_assign.TILE + 7)  # 31 tiles
         rows, centres = unit_rows(rng, U, S, H), unit_rows(rng, U, C, H)
         run = jax.jit(lambda x, c: kmeans_assign.nearest(x, c, with_second=True))

@@ -40,10 +40,10 @@ class Hopper:
     def check(self, task: str, *arguments):
         """Sizes to prove; NotImplementedError for what the kernels do not take."""
         if task == "nearest":
-            from squeezejax.pallas_kernels.hopper import kmeans_assign
+            from squeezejax.pallas_kernels.hopper import mosaic
 
             (head_dim,) = arguments
-            kmeans_assign.check(head_dim)
+            mosaic.check_heads(head_dim)
             return (head_dim,)
         if task == "attend_chunk":
             raise NotImplementedError("the kernels attend to squeezed contexts only")

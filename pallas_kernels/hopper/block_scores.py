@@ -26,28 +26,21 @@ from squeezejax.pallas_kernels.hopper.centroid_tiles import Read, Walk
 from squeezejax.pallas_kernels.hopper.mosaic import (
     ALONG,
     DOWN,
+    FLOOR,
+    LOG2E,
     MASKED,
     columns,
-    compiler_params,
     full,
     load,
+    products,
     rows,
     swizzled,
 )
+from squeezejax.pallas_kernels.hopper.ring import CONSUMERS, LAUNCH, Ring, run_roles
 
-CONSUMERS = 2
 CHUNK = 128  # query rows whose sums are told apart
 SECOND = 64  # clusters of a tile in the second pass
-FLOOR = -1e20  # maxima start here, above MASKED
-LOG2E = math.log2(math.e)
-REGISTERS = (40, 232)  # of a producer's and of a consumer's thread
-LAUNCH = {
-    "grid_names": ("lane", "unit", "part"),
-    "num_threads": CONSUMERS + 1,
-    "thread_name": "warpgroup",
-    # Every shared buffer is written and read across barriers that the body states itself.
-    "compiler_params": compiler_params(unsafe_no_auto_barriers=True),
-}
+GRID = ("lane", "unit", "part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,31 +94,27 @@ def _row_statistics(q, read: Read, config: Config):
 
     def body(q_gm, *refs, q_sm, q_full, ring_full, ring_free, **rings):
         *refs, top_gm, total_gm = refs
-        lane, unit, part = (lax.axis_index(name) for name in ("lane", "unit", "part"))
-        warpgroup = lax.axis_index("warpgroup")
+        lane, unit, part, warpgroup = (lax.axis_index(name) for name in (*GRID, "warpgroup"))
         first, end = walk.tiles(refs, lane, part, parts)
+        ring = Ring(ring_full, ring_free, walk.stages)
 
-        @pl.when(warpgroup == CONSUMERS)
         def produce():
-            plgpu.set_max_registers(REGISTERS[0], action="decrease")
-            walk.produce(refs, rings, ring_full, ring_free, lane, first, end)
+            walk.produce(refs, rings, ring, lane, first, end)
 
-        @pl.when(warpgroup < CONSUMERS)
         def consume():
-            plgpu.set_max_registers(REGISTERS[1], action="increase")
             mine = pl.ds(unit * held + warpgroup * height, height)
             plgpu.copy_gmem_to_smem(q_gm.at[lane, mine], q_sm.at[warpgroup], q_full.at[warpgroup])
             plgpu.barrier_wait(q_full.at[warpgroup])
 
             def step(tile, state):
                 top, total = state
-                slot = walk.slot(tile - first)
-                plgpu.barrier_wait(ring_full.at[slot])
+                slot = ring.slot(tile - first)
+                plgpu.barrier_wait(ring.full.at[slot])
                 both = [rings[name].at[slot] for name in ("high_sm", "low_sm")]
-                dots = _add_products([(q_sm.at[warpgroup], part.T) for part in both], shape)
+                dots = products(shape, *((q_sm.at[warpgroup], part.T) for part in both))
                 weights = columns(load(rings["weights_sm"].at[slot], ALONG), shape)
                 plgpu.commit_smem()  # weights were read by loads, after which TMA, which overwrites them, needs a fence
-                plgpu.barrier_arrive(ring_free.at[slot])
+                plgpu.barrier_arrive(ring.free.at[slot])
                 dots = jnp.where(weights > 0, dots, MASKED)
                 new_top = jnp.maximum(top, plgpu.layout_cast(jnp.max(dots, axis=1), DOWN))
                 shares = weights * jnp.exp2((dots - rows(new_top, shape)) * scale)
@@ -134,6 +123,8 @@ def _row_statistics(q, read: Read, config: Config):
 
             nothing = full((height,), FLOOR, DOWN), full((height,), 0.0, DOWN)
             top_gm[part, lane, mine], total_gm[part, lane, mine] = lax.fori_loop(first, end, step, nothing)
+
+        run_roles(warpgroup, produce, consume)
 
     result = jax.ShapeDtypeStruct((parts, U, units * held), jnp.float32)
     tops, totals = plgpu.kernel(
@@ -146,6 +137,7 @@ def _row_statistics(q, read: Read, config: Config):
         }
         | walk.scratch(),
         grid=(U, units, parts),
+        grid_names=GRID,
         kernel_name="score_statistics",
         **LAUNCH,
     )(q, *walk.operands())
@@ -170,33 +162,29 @@ def _sum_shares(q, read: Read, top, bias, config: Config):
 
     def body(q_gm, stats_gm, *refs, q_sm, stats_sm, q_full, ring_full, ring_free, **rings):
         *refs, out_gm = refs
-        lane, unit, part = (lax.axis_index(name) for name in ("lane", "unit", "part"))
-        warpgroup = lax.axis_index("warpgroup")
+        lane, unit, part, warpgroup = (lax.axis_index(name) for name in (*GRID, "warpgroup"))
         first, end = walk.tiles(refs, lane, part, parts)
+        ring = Ring(ring_full, ring_free, walk.stages)
 
-        @pl.when(warpgroup == CONSUMERS)
         def produce():
-            plgpu.set_max_registers(REGISTERS[0], action="decrease")
             mine = pl.ds(unit * held, held)
             plgpu.copy_gmem_to_smem(stats_gm.at[lane, mine], stats_sm, q_full)
             for i in range(held):
                 chunk = pl.ds((unit * held + i) * CHUNK, CHUNK)
                 plgpu.copy_gmem_to_smem(q_gm.at[lane, chunk], q_sm.at[i], q_full)
-            walk.produce(refs, rings, ring_full, ring_free, lane, first, end)
+            walk.produce(refs, rings, ring, lane, first, end)
 
-        @pl.when(warpgroup < CONSUMERS)
         def consume():
-            plgpu.set_max_registers(REGISTERS[1], action="increase")
             plgpu.barrier_wait(q_full)
 
             def step(turn, _):  # every other tile is this warpgroup's
                 tile = first + turn * CONSUMERS + warpgroup
-                slot = walk.slot(tile - first)
-                plgpu.barrier_wait(ring_full.at[slot])
+                slot = ring.slot(tile - first)
+                plgpu.barrier_wait(ring.full.at[slot])
                 both = [rings[name].at[slot] for name in ("high_sm", "low_sm")]
 
                 def sum_chunk(i, _):
-                    dots = _add_products([(part, q_sm.at[i].T) for part in both], shape)
+                    dots = products(shape, *((part, q_sm.at[i].T) for part in both))
                     reference, shift = (columns(load(stats_sm.at[i, j], ALONG), shape) for j in range(2))
                     # No score is above its row's maximum, but the first pass may have rounded it otherwise.
                     shares = jnp.exp2(jnp.minimum((dots - reference) * scale, 0.0) + shift)
@@ -204,10 +192,12 @@ def _sum_shares(q, read: Read, top, bias, config: Config):
                     out_gm[lane, unit * held + i, here] = plgpu.layout_cast(jnp.sum(shares, axis=1), DOWN)
 
                 lax.fori_loop(0, held, sum_chunk, None)
-                plgpu.barrier_arrive(ring_free.at[slot])
+                plgpu.barrier_arrive(ring.free.at[slot])
 
             turns = lax.div(end - first - warpgroup + (CONSUMERS - 1), jnp.int32(CONSUMERS))
             lax.fori_loop(0, turns, step, None)
+
+        run_roles(warpgroup, produce, consume)
 
     out = plgpu.kernel(
         body,
@@ -220,18 +210,8 @@ def _sum_shares(q, read: Read, top, bias, config: Config):
         }
         | walk.scratch(),
         grid=(U, units, parts),
+        grid_names=GRID,
         kernel_name="score_sums",
         **LAUNCH,
     )(q, stats, *walk.operands())
     return out[:, :chunks]
-
-
-def _add_products(factors, shape):
-    """In a kernel: the sum of a·b over pairs of references, in one float32 accumulator."""
-
-    def multiply(acc):
-        for a, b in factors:
-            plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, count_ctas, swizzled
+from squeezejax.pallas_kernels.hopper.ring import Ring
 
 
 class Read(NamedTuple):
@@ -80,37 +81,25 @@ class Walk:
             tiles = lax.div(refs[4][lane] * GRANULE + (self.size - 1), jnp.int32(self.size))
         return lax.div(part * tiles, jnp.int32(parts)), lax.div((part + 1) * tiles, jnp.int32(parts))
 
-    def slot(self, number):
-        """In a kernel: the stage that the tile of this number, of those of a part, goes through."""
-        return lax.rem(number, jnp.int32(self.stages))
-
-    def produce(self, refs, rings, ring_full, ring_free, lane, first, end):
+    def produce(self, refs, rings, ring: Ring, lane, first, end):
         """In a kernel: fetches tiles [first, end) of a lane, each as soon as its stage is free."""
         high_gm, low_gm, weights_gm, *lists = refs
         plane = lax.rem(lane, jnp.int32(self.read.high.shape[0]))
         copied = self.size if self.in_order else GRANULE
 
         def step(tile, _):
-            slot = self.slot(tile - first)
+            slot = ring.slot(tile - first)
             numbers = [tile if self.in_order else lists[0][lane, tile * (self.size // GRANULE) + i]
                        for i in range(self.size // copied)]  # fmt: skip
-
-            @pl.when(tile - first >= self.stages)
-            def _():
-                plgpu.barrier_wait(ring_free.at[slot])
-
-            for source, ring in ((high_gm, rings["high_sm"]), (low_gm, rings["low_sm"])):
+            ring.await_free(tile - first)
+            for source, name in ((high_gm, "high_sm"), (low_gm, "low_sm")):
                 for i, number in enumerate(numbers):
-                    target = ring.at[slot, pl.ds(i * copied, copied)]
-                    plgpu.copy_gmem_to_smem(
-                        source.at[plane, pl.ds(number * copied, copied)], target, ring_full.at[slot]
-                    )
+                    target = rings[name].at[slot, pl.ds(i * copied, copied)]
+                    here = pl.ds(number * copied, copied)
+                    plgpu.copy_gmem_to_smem(source.at[plane, here], target, ring.full.at[slot])
             if self.with_weights:
                 here = weights_gm.at[lane, pl.ds(tile * self.size, self.size)]
-                plgpu.copy_gmem_to_smem(here, rings["weights_sm"].at[slot], ring_full.at[slot])
-
-        def drain(tile, _):  # stages released last, for which no later tile waited
-            plgpu.barrier_wait(ring_free.at[self.slot(tile - first)])
+                plgpu.copy_gmem_to_smem(here, rings["weights_sm"].at[slot], ring.full.at[slot])
 
         lax.fori_loop(first, end, step, None)
-        lax.fori_loop(jnp.maximum(end - self.stages, first), end, drain, None)
+        ring.drain(end - first)

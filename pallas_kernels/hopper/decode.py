@@ -17,7 +17,7 @@ from squeezejax.pallas_kernels.hopper import sparse_decode
 from squeezejax.pallas_kernels.hopper.centroid_scores import Terms, score_clusters
 from squeezejax.pallas_kernels.hopper.keep_clusters import keep_clusters
 from squeezejax.pallas_kernels.hopper.keep_keys import keep_keys
-from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, MASKED
+from squeezejax.pallas_kernels.hopper.mosaic import GRANULE, MASKED, check_rows
 from squeezejax.pallas_kernels.hopper.scores import Query, split_query
 from squeezejax.pallas_kernels.hopper.shares import offsets_of
 from squeezejax.pallas_kernels.hopper.sparse_decode import InOrder, Listed
@@ -69,10 +69,8 @@ def check(q, keys, *other_keys):
     other_keys, the window's and the users' own, need only be of the same dtype.
     """
     _, K, R, _ = keys.shape
-    for cache in (keys, *other_keys):
-        sparse_decode.check(q.dtype, cache.dtype, q.shape[-2] // K, q.shape[-1])
-    if R % GRANULE:
-        raise NotImplementedError(f"the kernels take caches of a multiple of {GRANULE} rows, got {R}")
+    sparse_decode.check(q.shape[-2] // K, q.shape[-1], q.dtype, keys.dtype, *(cache.dtype for cache in other_keys))
+    check_rows(R)
 
 
 def select(q, index: Index, step: Step, num_rows: int, *, may_skip=False) -> Selected:

@@ -19,14 +19,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from squeezejax.pallas_kernels.hopper.mosaic import DOWN, MATRIX, compiler_params, full, rows, swizzled
+from squeezejax.pallas_kernels.hopper.mosaic import DOWN, MATRIX, check_heads, full, products, rows, swizzled
+from squeezejax.pallas_kernels.hopper.ring import CONSUMERS, LAUNCH, Ring, run_roles
 
 TILE = 128  # centres that meet the rows at once
 NUMBER = TILE - 1  # the bits of a packed score that hold a centre's number
 OFFSET = 3.0
 NOTHING = 1.0  # packed score of no centre: a cosine of −2
-HEAD_DIMS = (64, 96, 128, 192, 256)
-CONSUMERS = 2  # warpgroups: one multiplies while the other one compares
 
 
 class Nearest(NamedTuple):
@@ -56,19 +55,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def check(head_dim: int):
-    """Raises NotImplementedError for rows that the kernel cannot take."""
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"the assignment kernel takes head sizes {HEAD_DIMS}, got {head_dim}")
-
-
 def nearest(rows, centres, *, with_second: bool = False, config: Config | None = None) -> Nearest:
     """The nearest of centres bf16[… C H] for each of rows bf16[… S H], by dot product; both unit vectors or zero.
 
     Under `jax.vmap` the mapped axis joins the leading ones, so that all heads share one launch. Equal scores, to
     2^-15, go to the centre of lowest number. Raises NotImplementedError for what the kernel cannot take.
     """
-    check(rows.shape[-1])
+    check_heads(rows.shape[-1])
     config = config or CONFIGS[rows.shape[-1]]
 
     @jax.custom_batching.custom_vmap
@@ -99,48 +92,32 @@ def _nearest(x, centres, with_second: bool, config: Config):
     outputs = 2 if with_second else 1
     shape = (config.rows, TILE)
 
-    def body(x_gm, centres_gm, *refs, x_sm, ring, number_sm, score_sm, x_full, ring_full, ring_free):
+    def body(x_gm, centres_gm, *refs, x_sm, ring_sm, number_sm, score_sm, x_full, ring_full, ring_free):
         written = list(zip(refs[::2], refs[1::2], strict=True))
         head, block, warpgroup = (lax.axis_index(name) for name in ("head", "block", "warpgroup"))
+        ring = Ring(ring_full, ring_free, stages)
 
-        @pl.when(warpgroup == CONSUMERS)
         def produce():
-            plgpu.set_max_registers(40, action="decrease")
-
             def step(tile, _):
-                slot = lax.rem(tile, jnp.int32(stages))
-
-                @pl.when(tile >= stages)
-                def _():
-                    plgpu.barrier_wait(ring_free.at[slot])
-
+                slot = ring.slot(tile)
+                ring.await_free(tile)
                 here = pl.ds(tile * TILE, TILE)
-                plgpu.copy_gmem_to_smem(centres_gm.at[head, here], ring.at[slot], ring_full.at[slot])
-
-            def drain(tile, _):  # stages released last, for which no later tile waited
-                plgpu.barrier_wait(ring_free.at[lax.rem(tile, jnp.int32(stages))])
+                plgpu.copy_gmem_to_smem(centres_gm.at[head, here], ring_sm.at[slot], ring.full.at[slot])
 
             lax.fori_loop(0, tiles, step, None)
-            lax.fori_loop(tiles - stages, tiles, drain, None)
+            ring.drain(tiles)
 
-        @pl.when(warpgroup < CONSUMERS)
         def consume():
-            plgpu.set_max_registers(232, action="increase")
             mine = pl.ds(block * held + warpgroup * config.rows, config.rows)
             plgpu.copy_gmem_to_smem(x_gm.at[head, mine], x_sm.at[warpgroup], x_full.at[warpgroup])
             plgpu.barrier_wait(x_full.at[warpgroup])
             number = NUMBER - plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
 
             def step(tile, state, last=False):
-                slot = lax.rem(tile, jnp.int32(stages))
-                plgpu.barrier_wait(ring_full.at[slot])
-
-                def score(acc):
-                    plgpu.wgmma(acc, x_sm.at[warpgroup], ring.at[slot].T)
-                    return acc[...]
-
-                scores = pl.run_scoped(score, plgpu.ACC(shape, jnp.float32)) + OFFSET
-                plgpu.barrier_arrive(ring_free.at[slot])
+                slot = ring.slot(tile)
+                plgpu.barrier_wait(ring.full.at[slot])
+                scores = products(shape, (x_sm.at[warpgroup], ring_sm.at[slot].T)) + OFFSET
+                plgpu.barrier_arrive(ring.free.at[slot])
                 if last:  # centres past C are padding
                     scores = jnp.where(number > NUMBER - C % TILE, scores, NOTHING)
                 packed = _float((_bits(scores) & ~NUMBER) | number)
@@ -165,13 +142,15 @@ def _nearest(x, centres, with_second: bool, config: Config):
                 plgpu.copy_smem_to_gmem(score_sm.at[warpgroup, i], score_gm.at[head, mine])
             plgpu.wait_smem_to_gmem(0)
 
+        run_roles(warpgroup, produce, consume)
+
     number, score = (jax.ShapeDtypeStruct(x.shape[:2], dtype) for dtype in (jnp.int32, jnp.float32))
     return plgpu.kernel(
         body,
         out_type=[number, score] * outputs,
         scratch_types={
             "x_sm": plgpu.SMEM((CONSUMERS, config.rows, H), x.dtype, transforms=swizzled(H)),
-            "ring": plgpu.SMEM((stages, TILE, H), x.dtype, transforms=swizzled(H)),
+            "ring_sm": plgpu.SMEM((stages, TILE, H), x.dtype, transforms=swizzled(H)),
             "number_sm": plgpu.SMEM((CONSUMERS, outputs, config.rows), jnp.int32),
             "score_sm": plgpu.SMEM((CONSUMERS, outputs, config.rows), jnp.float32),
             "x_full": plgpu.Barrier(num_barriers=CONSUMERS),
@@ -180,11 +159,8 @@ def _nearest(x, centres, with_second: bool, config: Config):
         },
         grid=(U, x.shape[1] // held),
         grid_names=("head", "block"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        # Every shared buffer is written and read across barriers that the body states itself.
-        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         kernel_name="kmeans_assign",
+        **LAUNCH,
     )(x, centres)
 
 

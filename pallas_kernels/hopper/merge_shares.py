@@ -1,7 +1,6 @@
 """Merging the parts of an attention whose work was split over CTAs (`shares`), for Hopper: some CTAs a lane."""
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,6 +11,8 @@ from jax import lax
 from squeezejax.pallas_kernels.hopper.mosaic import (
     ALONG,
     DOWN,
+    FLOOR,
+    LOG2E,
     MASKED,
     MATRIX,
     TILE,
@@ -22,8 +23,6 @@ from squeezejax.pallas_kernels.hopper.mosaic import (
     load,
 )
 from squeezejax.pallas_kernels.hopper.shares import Shares
-
-LN2 = math.log(2)
 
 
 def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
@@ -59,13 +58,12 @@ def merge(outs, stats, offsets, num_ctas: int, group: int, first_column):
                 out = out + part * columns(weight, part.shape)
             return new_top, total, out
 
-        # Parts' maxima are at least −1e20 (`sparse_decode.FLOOR`), so that those past the end weigh nothing.
-        nothing = (full((M,), -1e20, ALONG), full((M,), 0.0, ALONG), full((TILE, M), 0.0, MATRIX))
+        nothing = (full((M,), FLOOR, ALONG), full((M,), 0.0, ALONG), full((TILE, M), 0.0, MATRIX))
         blocks = lax.div(end - first + (at_once - 1), jnp.int32(at_once))
         top, total, out = lax.fori_loop(0, blocks, step, nothing)
         safe = jnp.maximum(total, 1e-30)
         out = out / columns(safe, out.shape)
-        lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), MASKED)
+        lse = jnp.where(total > 0, top * (1 / LOG2E) + jnp.log(safe), MASKED)
         column = plgpu.broadcasted_iota(jnp.int32, out.shape, 1, layout=MATRIX)
         index = plgpu.broadcasted_iota(jnp.int32, (M,), 0, layout=ALONG)
         # A query is a column here and a row outside: a sum with everything else 0 turns it.

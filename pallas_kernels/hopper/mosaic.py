@@ -4,14 +4,19 @@ Importing this needs JAX ≥ 0.11; `registry` imports it only after checking tha
 """
 
 import contextlib
+import math
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 GRANULE = 8  # rows that a kernel reads together: the height of a swizzle tile, the least that TMA can place
 TILE = 64  # rows that a CTA works on together: the height of a wgmma
+HEAD_DIMS = (64, 96, 128, 192, 256)  # that kernels take
 MASKED = -1e30  # a score that counts for nothing; finite, so that a lane of nothing else stays free of NaN
+FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
+LOG2E = math.log2(math.e)
 
 # Transposed scores and outputs: key rows (or head entries) down the 64 rows of a wgmma, query rows along its columns.
 MATRIX = plgpu.Layout.WGMMA
@@ -63,6 +68,21 @@ def count_ctas(per_multiprocessor: int) -> int:
     return 3 if _interpreting else per_multiprocessor * multiprocessors()  # interpreting takes longer with every CTA
 
 
+def check_heads(head_dim: int, *dtypes):
+    """Raises NotImplementedError, with the reason, for sizes and dtypes (all the same) that no kernel takes."""
+    if any(dtype not in (jnp.bfloat16, jnp.float16) or dtype != dtypes[0] for dtype in dtypes):
+        given = " and ".join(map(str, dtypes))
+        raise NotImplementedError(f"the kernels take bfloat16 or float16 throughout, got {given}")
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"the kernels take head sizes {HEAD_DIMS}, got {head_dim}")
+
+
+def check_rows(num_rows: int):
+    """Raises NotImplementedError for a cache whose heads do not begin with a granule."""
+    if num_rows % GRANULE:
+        raise NotImplementedError(f"the kernels take caches of a multiple of {GRANULE} rows, got {num_rows}")
+
+
 def load(ref, layout):
     """Reads a reference straight into registers in a WGMMA-family layout."""
     if _interpreting:  # which knows no such loads
@@ -90,6 +110,17 @@ def compiler_params(*, across_warps: bool = False, approx_math: bool = True, **o
     return plgpu.CompilerParams(
         approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **options
     )
+
+
+def products(shape, *pairs):
+    """In a kernel: the sum of a·b over pairs of operands, by tensor cores in one float32 accumulator."""
+
+    def multiply(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def columns(vector, shape):

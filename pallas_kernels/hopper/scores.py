@@ -30,6 +30,7 @@ from squeezejax.pallas_kernels.hopper.mosaic import (
     count_ctas,
     full,
     load,
+    products,
     rows,
     swizzled,
 )
@@ -45,7 +46,7 @@ from squeezejax.pallas_kernels.hopper.work_list import (
 )
 
 PARTS = 3  # bfloat16 numbers that make up a float32 one
-CODED_HEAD_DIMS = (64, 128)  # of 256, registers spill
+CODED_HEAD_DIMS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Config:
     """Tuning of the kernel."""
 
     columns: int = 64  # head entries of a tile of plain rows in registers at once
-    bytes: int = 64  # the same, of codes
+    bytes: int = 16  # the same, of codes: the fewer, the more CTAs have registers
     heads: int = 4  # query heads, at most, for which plain numbers are used before they are read again
     ctas_a_multiprocessor: int = 2
-    ctas_for_codes: int = 4  # the same, where tiles are small
+    ctas_for_codes: int = 3  # the same, where tiles are small
 
     def __post_init__(self):
         if self.columns % 32 or self.bytes % 16:
@@ -248,10 +249,4 @@ class _Codes:
                 levels = (lax.shift_right_logical(packed, i * bits) & most).astype(jnp.float32) - most / 2
                 levels_sm[:, pl.ds(i * self.width + c, width)] = levels.astype(jnp.bfloat16)
         plgpu.commit_smem()
-
-        def multiply(acc):
-            for part in range(PARTS):
-                plgpu.wgmma(acc, levels_sm, q_sm.at[pl.ds(part * M, M)].T)
-            return acc[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((TILE, M), jnp.float32))
+        return products((TILE, M), *((levels_sm, q_sm.at[pl.ds(part * M, M)].T) for part in range(PARTS)))

@@ -24,25 +24,27 @@ from jax import lax
 from squeezejax.pallas_kernels.hopper import merge_shares
 from squeezejax.pallas_kernels.hopper.mosaic import (
     ALONG,
+    FLOOR,
     GRANULE,
+    LOG2E,
     MASKED,
     MATRIX,
     TILE,
+    check_heads,
     columns,
     compiler_params,
     count_ctas,
     full,
     interpreting,
+    products,
     swizzled,
 )
+from squeezejax.pallas_kernels.hopper.ring import Ring
 from squeezejax.pallas_kernels.hopper.shares import Shares
 from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed, Reader, operands
 from squeezejax.pallas_kernels.hopper.step import Step
 from squeezejax.pallas_kernels.hopper.work_list import PER_TILE, granule_of, in_masks
 
-LOG2E = math.log2(math.e)
-FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
-HEAD_DIMS = (64, 96, 128, 192, 256)
 MAX_GROUP = 16
 SHARED_MEMORY = 227 * 1024  # that a CTA can have
 
@@ -79,7 +81,7 @@ def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, 
     B, K, G, H = q.shape
     sources = (*in_order, *([] if listed is None else [listed]))
     for source in sources:
-        check(q.dtype, source.keys.dtype, G, H)
+        check(G, H, q.dtype, source.keys.dtype)
     lanes, M = B * K, -(-G // 8) * 8
     config = config or default_config(H, G)
     # TMA fetches 8 queries from a multiple of 8 on: those of a lane among others', whose results nobody looks at.
@@ -91,12 +93,9 @@ def attend(q, in_order: tuple[InOrder, ...], listed: Listed | None, step: Step, 
     return out[:, :, :H].reshape(B, K, G, H), lse.reshape(B, K, G)
 
 
-def check(q_dtype, cache_dtype, G: int, H: int):
+def check(G: int, H: int, *dtypes):
     """Raises NotImplementedError, with the reason, for shapes and dtypes that the kernel cannot take."""
-    if cache_dtype not in (jnp.bfloat16, jnp.float16) or q_dtype != cache_dtype:
-        raise NotImplementedError(f"the kernels take bfloat16 or float16 throughout, got {q_dtype} and {cache_dtype}")
-    if H not in HEAD_DIMS:
-        raise NotImplementedError(f"the kernels take head sizes {HEAD_DIMS}, got {H}")
+    check_heads(H, *dtypes)
     if G > MAX_GROUP:
         raise NotImplementedError(f"the kernels take up to {MAX_GROUP} query heads a key/value head, got {G}")
 
@@ -121,6 +120,7 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         reader = Reader(sources, arrays, asked, num_heads)
         shares = Shares(offsets_gm, lanes, config.num_ctas)
+        k_ring, v_ring = Ring(k_full, k_free, stages), Ring(v_full, v_free, stages)
 
         def visit_tiles(lane, first, end, work, state):
             """The last of work((source, items), state) -> state, tile by tile of a lane."""
@@ -133,36 +133,26 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
 
             return lax.fori_loop(first, end, step, (find(first), state))[1]
 
-        def produce(which, ring, ring_full, ring_free):
+        def produce(which, ring, ring_sm):
             """Fetches keys (which = 0) or values (1) of the share's tiles."""
 
             def visit(lane, first, end, tiles):
                 def fetch(s, slot, items):
                     for i in range(copies):
-                        target = ring.at[slot, pl.ds(i * copied, copied), pl.ds(0, H)]
+                        target = ring_sm.at[slot, pl.ds(i * copied, copied), pl.ds(0, H)]
                         source = reader.rows(s, which, lane, granule_of(items[i]), copied)
-                        plgpu.copy_gmem_to_smem(source, target, ring_full.at[slot])
+                        plgpu.copy_gmem_to_smem(source, target, ring.full.at[slot])
 
                 def work(place, tiles):
                     kind, items = place
-                    slot = lax.rem(tiles, jnp.int32(stages))
-
-                    @pl.when(tiles >= stages)
-                    def _():
-                        plgpu.barrier_wait(ring_free.at[slot])
-
+                    ring.await_free(tiles)
                     for s in range(len(sources)):
-                        pl.when(kind == s)(functools.partial(fetch, s, slot, items))
+                        pl.when(kind == s)(functools.partial(fetch, s, ring.slot(tiles), items))
                     return tiles + 1
 
                 return visit_tiles(lane, first, end, work, tiles)
 
-            tiles = shares.visit(cta, visit)
-
-            def drain(tile, _):  # stages released last, for which no later tile waited
-                plgpu.barrier_wait(ring_free.at[lax.rem(tile, jnp.int32(stages))])
-
-            lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
+            ring.drain(shares.visit(cta, visit))
 
         def consume(lane, first, end, tiles):
             plgpu.commit_smem()  # a barrier: all warps are done with the queries of the lane before
@@ -172,15 +162,10 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
 
             def work(place, state):
                 tiles, top, weights_sum, out = state
-                slot = lax.rem(tiles, jnp.int32(stages))
-                plgpu.barrier_wait(k_full.at[slot])
-
-                def score(acc):
-                    plgpu.wgmma(acc, k_sm.at[slot], q_sm.T)
-                    return acc[...]
-
-                scores = pl.run_scoped(score, plgpu.ACC((TILE, M), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[slot])
+                slot = k_ring.slot(tiles)
+                plgpu.barrier_wait(k_ring.full.at[slot])
+                scores = products((TILE, M), (k_sm.at[slot], q_sm.T))
+                plgpu.barrier_arrive(k_ring.free.at[slot])
                 row = plgpu.broadcasted_iota(jnp.int32, (TILE, M), 0, layout=MATRIX)
                 scores = jnp.where(in_masks(row, place[1]), scores * scale, MASKED)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=0))
@@ -190,14 +175,9 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
                 p_sm.T[...] = plgpu.layout_cast(weights.astype(q.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
                 out = out * columns(keep, out.shape)
-                plgpu.barrier_wait(v_full.at[slot])
-
-                def weigh(acc):
-                    plgpu.wgmma(acc, v_sm.at[slot].T, p_sm.T)
-                    return acc[...]
-
-                out = out + pl.run_scoped(weigh, plgpu.ACC((padded_H, M), jnp.float32))
-                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_wait(v_ring.full.at[slot])
+                out = out + products((padded_H, M), (v_sm.at[slot].T, p_sm.T))
+                plgpu.barrier_arrive(v_ring.free.at[slot])
                 return tiles + 1, new_top, weights_sum, out
 
             nothing = (full((M,), FLOOR, ALONG), full((TILE, M), 0.0, MATRIX), full((padded_H, M), 0.0, MATRIX))
@@ -211,8 +191,8 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
             plgpu.wait_smem_to_gmem(0)
             return tiles
 
-        pl.when(warpgroup == 1)(lambda: produce(0, k_sm, k_full, k_free))
-        pl.when(warpgroup == 2)(lambda: produce(1, v_sm, v_full, v_free))
+        pl.when(warpgroup == 1)(lambda: produce(0, k_ring, k_sm))
+        pl.when(warpgroup == 2)(lambda: produce(1, v_ring, v_sm))
 
         @pl.when(warpgroup == 0)
         def _():
@@ -244,7 +224,7 @@ def _attend_shares(q, pitch: int, M: int, sources, offsets, step: Step, lanes: i
         grid_names=("cta",),
         num_threads=3,
         thread_name="warpgroup",
-        # Every shared buffer is written and read across barriers that the body states itself.
+        # As `ring.LAUNCH`, but that the consumer reduces across its warps.
         compiler_params=compiler_params(across_warps=True, unsafe_no_auto_barriers=True),
         kernel_name="sparse_decode",
     )(q, offsets, *step, *operands(sources))

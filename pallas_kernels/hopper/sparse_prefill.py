@@ -24,23 +24,27 @@ from jax import lax
 from squeezejax.pallas_kernels.hopper.mosaic import (
     ALONG,
     DOWN,
+    FLOOR,
     GRANULE,
+    LOG2E,
     MASKED,
     MATRIX,
+    check_heads,
+    check_rows,
     columns,
     compiler_params,
     count_ctas,
     full,
     load,
+    products,
     rows,
     swizzled,
 )
+from squeezejax.pallas_kernels.hopper.ring import CONSUMERS, LAUNCH, Ring, run_roles
 from squeezejax.pallas_kernels.hopper.shares import Shares, offsets_of
+from squeezejax.pallas_kernels.hopper.work_list import granule_of, in_masks, listed_items
 
-CONSUMERS = 2
 HEIGHT = 64  # query rows of a consumer warpgroup
-LOG2E = math.log2(math.e)
-FLOOR = -1e20  # maxima start here, above MASKED, so that a masked score has weight exp2(MASKED − FLOOR) = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +71,12 @@ CONFIGS = {
     64: Config(128, 4), 96: Config(128, 2), 128: Config(128, 2),
     192: Config(64, 3, split=True), 256: Config(64, 2, split=True),
 }  # fmt: skip
-HEAD_DIMS = tuple(CONFIGS)
 
 
 def check(q_dtype, cache_dtype, head_dim: int, num_rows: int):
     """Raises NotImplementedError, with the reason, for what the kernel cannot take."""
-    if cache_dtype not in (jnp.bfloat16, jnp.float16) or q_dtype != cache_dtype:
-        raise NotImplementedError(f"the kernels take bfloat16 or float16 throughout, got {q_dtype} and {cache_dtype}")
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"the kernels take head sizes {HEAD_DIMS}, got {head_dim}")
-    if num_rows % GRANULE:
-        raise NotImplementedError(f"the kernels take caches of a multiple of {GRANULE} rows, got {num_rows}")
+    check_heads(head_dim, q_dtype, cache_dtype)
+    check_rows(num_rows)
 
 
 def attend_items(q, keys, values, items, num_items, layer, *, config: Config | None = None):
@@ -120,67 +119,44 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
              p_sm, q_full, k_full, v_full, k_free, v_free):  # fmt: skip
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         shares = Shares(off_gm, num_units, num_ctas)
+        k_ring, v_ring = Ring(k_full, k_free, stages), Ring(v_full, v_free, stages)
 
-        def produce(unit, first, end, tiles):
+        def fetch_tiles(unit, first, end, tiles):
             lane = lax.div(unit, jnp.int32(per_lane))
             plane = layer_gm[0] * num_heads + lax.rem(lane, jnp.int32(num_heads))
             count = count_gm[lane]
             key = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=plgpu.Layout.WG_STRIDED((width,), 1))
-
-            def tile_items(tile):
-                """The items of a tile; past the end, the last one again with no row attended."""
-                at = [tile * per_tile + i for i in range(per_tile)]
-                found = [items_gm[lane, jnp.minimum(i, count - 1)] for i in at]
-                return tuple(jnp.where(i < count, item, item & ~255) for i, item in zip(at, found, strict=True))
+            find = lambda tile: listed_items(items_gm, count, lane, tile, per_tile)
 
             def fetch(cache_gm, ring, arrived, current):
                 """Into a ring's stage [parts keys H/parts]."""
                 parts, _, size = ring.shape
                 for part in range(parts):
                     for i, item in enumerate(current):
-                        here = pl.ds(lax.shift_right_logical(item, 8) * GRANULE, GRANULE)
+                        here = pl.ds(granule_of(item) * GRANULE, GRANULE)
                         source = cache_gm.at[plane, here, pl.ds(part * size, size)]
                         plgpu.copy_gmem_to_smem(source, ring.at[part, pl.ds(i * GRANULE, GRANULE)], arrived)
 
             def step(tile, state):
                 tiles, current = state
-                following = tile_items(tile + 1)  # in flight while this tile waits
-                slot = lax.rem(tiles, jnp.int32(stages))
-
-                @pl.when(tiles >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                fetch(k_gm, k_sm.at[slot], k_full.at[slot], current)
-                item = jnp.where(key >= 0, current[0], 0)
-                for i in range(1, per_tile):
-                    item = jnp.where(key >= i * GRANULE, current[i], item)
-                attended = (lax.shift_right_logical(item, key & (GRANULE - 1)) & 1) > 0
-                bias_sm[slot] = jnp.where(attended, 0.0, MASKED)
-                plgpu.barrier_arrive(k_full.at[slot])
-
-                @pl.when(tiles >= stages)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                fetch(v_gm, v_sm.at[slot], v_full.at[slot], current)
+                following = find(tile + 1)  # in flight while this tile waits
+                slot = k_ring.slot(tiles)
+                k_ring.await_free(tiles)
+                fetch(k_gm, k_sm.at[slot], k_ring.full.at[slot], current)
+                bias_sm[slot] = jnp.where(in_masks(key, current), 0.0, MASKED)
+                plgpu.barrier_arrive(k_ring.full.at[slot])
+                v_ring.await_free(tiles)
+                fetch(v_gm, v_sm.at[slot], v_ring.full.at[slot], current)
                 return tiles + 1, following
 
-            return lax.fori_loop(first, end, step, (tiles, tile_items(first)))[0]
+            return lax.fori_loop(first, end, step, (tiles, find(first)))[0]
 
-        @pl.when(warpgroup == CONSUMERS)
-        def _():
-            plgpu.set_max_registers(config.registers[0], action="decrease")
-            tiles = shares.visit(cta, produce)
+        def produce():
+            tiles = shares.visit(cta, fetch_tiles)
+            k_ring.drain(tiles)
+            v_ring.drain(tiles)
 
-            def drain(tile, _):  # stages released last, for which no later tile waited
-                slot = lax.rem(tile, jnp.int32(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
-
-            lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
-
-        def consume(unit, first, end, tiles):
+        def attend_tiles(unit, first, end, tiles):
             mine = pl.ds(0 if config.split else warpgroup * HEIGHT, HEIGHT)
             part = warpgroup if config.split else 0
             plgpu.commit_smem()  # a barrier: all warps are done with the queries of the unit before
@@ -189,17 +165,12 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
 
             def step(tile, state):
                 tiles, top, total, out = state
-                slot = lax.rem(tiles, jnp.int32(stages))
-                plgpu.barrier_wait(k_full.at[slot])
-
-                def score(acc):
-                    plgpu.wgmma(acc, q_sm.at[warpgroup], k_sm.at[slot, 0].T)
-                    return acc[...]
-
-                scores = pl.run_scoped(score, plgpu.ACC((HEIGHT, config.keys), jnp.float32))
+                slot = k_ring.slot(tiles)
+                plgpu.barrier_wait(k_ring.full.at[slot])
+                scores = products((HEIGHT, config.keys), (q_sm.at[warpgroup], k_sm.at[slot, 0].T))
                 bias = load(bias_sm.at[slot, pl.ds(0, config.keys)], ALONG)
                 scores = scores * scale + columns(bias, scores.shape)
-                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(k_ring.free.at[slot])
                 new_top = jnp.maximum(top, plgpu.layout_cast(jnp.max(scores, axis=1), DOWN))
                 keep = jnp.exp2(top - new_top)
                 weights = jnp.exp2(scores - rows(new_top, scores.shape))
@@ -208,14 +179,10 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
                 if not config.in_registers:
                     p_sm[warpgroup] = weights
                     plgpu.commit_smem()
-                plgpu.barrier_wait(v_full.at[slot])
-
-                def weigh(acc):
-                    plgpu.wgmma(acc, weights if config.in_registers else p_sm.at[warpgroup], v_sm.at[slot, part])
-                    return acc[...]
-
-                out = out * rows(keep, out.shape) + pl.run_scoped(weigh, plgpu.ACC(out.shape, jnp.float32))
-                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_wait(v_ring.full.at[slot])
+                weights = weights if config.in_registers else p_sm.at[warpgroup]
+                out = out * rows(keep, out.shape) + products(out.shape, (weights, v_sm.at[slot, part]))
+                plgpu.barrier_arrive(v_ring.free.at[slot])
                 return tiles + 1, new_top, total, out
 
             shape = (HEIGHT, H // parts)
@@ -231,10 +198,7 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
 
             return tiles
 
-        @pl.when(warpgroup < CONSUMERS)
-        def _():
-            plgpu.set_max_registers(config.registers[1], action="increase")
-            shares.visit(cta, consume)
+        run_roles(warpgroup, produce, lambda: shares.visit(cta, attend_tiles), config.registers)
 
     ring = lambda parts: plgpu.SMEM(
         (stages, parts, config.keys, H // parts), keys.dtype, transforms=swizzled(H // parts)
@@ -262,11 +226,8 @@ def _attend_shares(q, keys, values, items, num_items, offsets, layer, num_heads:
         scratch_types=scratch,
         grid=(num_ctas,),
         grid_names=("cta",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        # Every shared buffer is written and read across barriers that the body states itself.
-        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         kernel_name="sparse_prefill",
+        **LAUNCH,
     )(q, keys, values, items, num_items, offsets, layer)
 
 

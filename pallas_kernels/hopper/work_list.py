@@ -94,9 +94,9 @@ def in_order_items(tile, begin, end):
     return tuple(items)
 
 
-def listed_items(items_gm, num_items, lane, tile):
+def listed_items(items_gm, num_items, lane, tile, per_tile: int = PER_TILE):
     """In a kernel: the items of a lane's tile; past the end of the list it is the last one again, with mask 0."""
-    at = [tile * PER_TILE + i for i in range(PER_TILE)]
+    at = [tile * per_tile + i for i in range(per_tile)]
     found = [items_gm[lane, jnp.clip(i, 0, jnp.maximum(num_items - 1, 0))] for i in at]
     return tuple(jnp.where(i < num_items, item, item & ~255) for i, item in zip(at, found, strict=True))
 

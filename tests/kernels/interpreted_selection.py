@@ -227,11 +227,11 @@ def one_cta():
 
 
 def codes_flat():
-    """The default index; other numbers of bits; no codes of keys, no sinks; clusters of any size; heads of 128."""
+    """The default index; other numbers of bits; no codes of keys, no sinks; clusters of any size; all heads."""
     check_codes((70,), unit=1)
     check_codes((40,), bits=(8, 4), H=128, G=9, L=1, K=1)
     check_codes((40,), bits=(4, 0), L=1, K=1)
-    check_codes((64,), B=3, G=1, bits=(8, 1), H=128, K=1, sinks=0)
+    check_codes((64,), B=3, G=1, bits=(8, 1), H=256, K=1, sinks=0)
 
 
 def codes_levels():

@@ -1,4 +1,4 @@
-"""A decode step compiled for an H200 without one: launches, no copy, no spill, no scratch that warpgroups share."""
+"""A whole `generate` compiled for an H200 without one; single steps are part of `benchmarks.gpu.compile_kernels`."""
 
 import importlib.util
 import json
@@ -11,28 +11,6 @@ if jax.__version_info__ < (0, 11):
     pytest.skip("the kernels need JAX 0.11 or later", allow_module_level=True)
 if importlib.util.find_spec("jax_plugins.xla_cuda13") is None and importlib.util.find_spec("jax_plugins") is None:
     pytest.skip("compiling for an H200 needs jax[cuda13]", allow_module_level=True)
-
-# Kernels: scores, marks and lists of each level; scores and lists of keys; attention; merge. Launches: also what XLA
-# sums up between them, and for codes the queries' parts and terms.
-CASES = {
-    "flat": ({"head_dim": 128, "group": 4}, 5, 10),
-    "two levels": ({"head_dim": 128, "group": 4, "fractions": (0.01, 0.05)}, 8, 18),
-    "codes": ({"head_dim": 128, "group": 4, "users": 2, "ours": True}, 7, 30),
-}
-PROGRAM = """
-import json, sys
-from benchmarks.gpu.compile_kernels import Case, compile_step, launches
-found = []
-for options in json.loads(sys.argv[1]):
-    case = Case(**options)
-    program = compile_step(case)
-    cache = 2 * case.kv_heads * case.num_keys * case.head_dim * 2
-    found.append([len(program.kernels), len(launches(program)), program.temporaries / cache,
-                  sum(kernel.spilled for kernel in program.kernels),
-                  [wrong for kernel in program.kernels for wrong in kernel.wrong]])
-print(json.dumps(found))
-"""
-
 
 GENERATE = """
 import glob, json, os, re, tempfile
@@ -73,39 +51,3 @@ def test_a_whole_generate_holds_the_kernels_once_in_graphs_and_no_copy():
     )  # of a layer: products, norms, writes to the users' cache, these five and what XLA computes for them
     assert temporaries < 0.6
     assert not copies
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """What each case compiled to. In a process of its own: compiling for a device sets the environment of JAX."""
-    options = json.dumps([case for case, *_ in CASES.values()])
-    run = run_python("-c", PROGRAM, options)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
-
-
-# All on one worker, so that what they share is compiled once.
-pytestmark = pytest.mark.xdist_group("compiled")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_launches_of_a_decode_step(compiled, case):
-    kernels, launches, *_ = compiled[case]
-    assert kernels == CASES[case][1]
-    assert launches <= CASES[case][2]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_keys_and_values_are_not_copied(compiled, case):
-    """Temporaries are a few percent of one layer's keys and values."""
-    assert compiled[case][2] < 0.05
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_spills(compiled, case):
-    assert compiled[case][3] == 0
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_warpgroups_reduce_apart(compiled, case):
-    assert compiled[case][4] == []

@@ -54,7 +54,7 @@ def check_nearest(rows, centres, with_second=True, config=None):
 
 
 def head_sizes():
-    for H in kmeans_assign.HEAD_DIMS:
+    for H in mosaic.HEAD_DIMS:
         rng = np.random.default_rng(H)
         check_nearest(unit(rng, 1, 70, H), unit(rng, 1, 131, H))
     with pytest.raises(NotImplementedError, match="head sizes"):

@@ -1,7 +1,7 @@
 """No two warpgroups of a kernel reduce across their warps through the same shared memory: read from compiled code.
 
-Interpreters know nothing of that memory, and a GPU shows the race rarely. That the kernels in use are free of it is a
-test of `test_compiled.py`, and part of `python -m benchmarks.gpu.compile_kernels`; here, that a race would be found.
+Interpreters know nothing of that memory, and a GPU shows the race rarely. That the kernels in use are free of it is
+part of `python -m benchmarks.gpu.compile_kernels`; here, that a race would be found.
 """
 
 import importlib.util

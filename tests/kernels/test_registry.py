@@ -118,7 +118,7 @@ def test_the_default_index_is_decoded_by_kernels_and_prefilled_by_xla():
     with pytest.raises(NotImplementedError, match="multiples of 16 bytes, got index_bits=4 and key_bits=1 of 64"):
         hopper.check("decode", *by_our_rule(64, key_bits=1))
     with pytest.raises(NotImplementedError, match="codes of head sizes"):
-        hopper.check("decode", *by_our_rule(256))
+        hopper.check("decode", *by_our_rule(192))
     with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
         hopper.check("decode", *by_our_rule(dtype=jnp.int8))
 
