@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from squeezejax.config import SqueezeConfig
 from squeezejax.memory import bytes_by_name, bytes_per_device, check_fits, local_bytes, local_device
 from squeezejax.mesh.sharding import mesh_of, size_of, spec
-from squeezejax.offline.build import build_layer, check_context_length, clustering_of
+from squeezejax.offline.build import build_layer, check_context_length, clustering_of, room_for
 from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
 from squeezejax.online.fallback import why_dense
@@ -144,7 +144,7 @@ def plan(
     state = jax.eval_shape(lambda *made: empty_state(*made, users, room), params, tree)
     return Plan(
         num_tokens=num_tokens,
-        clusters=tuple(level.counts.shape[2] for level in tree.levels),
+        clusters=config.num_clusters(tree.num_keys),
         axes=() if mesh is None else tuple(mesh.shape.items()),
         users=users,
         room=room,
@@ -168,8 +168,10 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
     Parts are as large as the fullest one, so a real tree in more than one part is somewhat larger.
     """
     model, dtype = params.config, dtype_of(params)
-    rows = jax.ShapeDtypeStruct((model.num_kv_heads, num_tokens, model.head_dim), dtype)
-    layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering_of(config)), rows, rows)
+    clustering = clustering_of(config)
+    num_rows, _ = room_for(num_tokens, config, clustering, dtype)
+    rows = jax.ShapeDtypeStruct((model.num_kv_heads, config.always_read + num_rows, model.head_dim), dtype)
+    layer = jax.eval_shape(lambda k, v: build_layer(k, v, config, jax.random.key(0), clustering), rows, rows)
 
     def divide(leaf):  # [K R …] or [K C …]
         return jax.ShapeDtypeStruct((leaf.shape[0], -(-leaf.shape[1] // parts) * parts, *leaf.shape[2:]), leaf.dtype)
@@ -178,7 +180,11 @@ def tree_shapes(params, num_tokens: int, config: SqueezeConfig, parts: int = 1) 
         return dataclasses.replace(jax.tree.map(divide, dataclasses.replace(level, offset=None)), offset=level.offset)
 
     layer = dataclasses.replace(
-        layer, **jax.tree.map(divide, layer.row_arrays()), levels=tuple(map(divide_level, layer.levels)), parts=parts
+        layer,
+        **jax.tree.map(divide, layer.row_arrays()),
+        levels=tuple(map(divide_level, layer.levels)),
+        num_keys=num_tokens - config.always_read,
+        parts=parts,
     )
     stack = lambda leaves: jax.ShapeDtypeStruct((model.num_layers, *leaves[0].shape), leaves[0].dtype)
     tree = stack_layers([layer], stack)
@@ -285,13 +291,14 @@ def _reads(params, tree: Tree, state, mesh, *, sparsity: float) -> Reads:
         level = sum(size for name, size in sizes.items() if name.startswith(f"levels.{i}.") and "parents" not in name)
         centroids.append(math.ceil(level * (looked_at * users if i else 1)))
         looked_at = candidates if ours else 1 - float(dropped_fractions(np.array([sparsity]), i, tree.config)[0])
-    key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * users
+    chosen = tree.num_keys / tree.keys.shape[2] * users  # never padding
+    key_codes = (sizes.get("key_codes", 0) + sizes.get("key_steps", 0)) * candidates * chosen
     keys_values = _keys_values(sizes)
     return Reads(
         weights=sum(weights.values()),
         centroids=tuple(centroids) if sparsity > 0 else (),
         key_codes=math.ceil(key_codes) if sparsity > 0 else 0,
-        keys_values=math.ceil(keys_values * (1 - sparsity) * users) if sparsity > 0 else keys_values,
+        keys_values=math.ceil(keys_values * (1 - sparsity) * chosen) if sparsity > 0 else keys_values,
         window=sizes["window_keys"] + sizes["window_values"],
         own=own["keys"] + own["values"],
     )

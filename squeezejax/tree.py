@@ -123,6 +123,8 @@ class Tree(_Arrays):
     levels: tuple[Level, ...]  # coarse → fine
     config: SqueezeConfig = _static()
     num_keys: int = _static()  # S; rows may be more, by padding
+    # Within programs that serve contexts of any S: S, i32[], and `num_keys` is R (buckets.py); None elsewhere.
+    live_keys: jax.Array | None = None
     # Codes of single keys (codes.py), turned and less their cluster's rounded centroid; None without.
     key_codes: jax.Array | None = None  # u8[L K R bits·H/8]
     key_steps: jax.Array | None = None  # bf16[L K R]
@@ -163,6 +165,7 @@ class Tree(_Arrays):
         "levels.steps": "LKC",
         "levels.offset": "LKH",
         "levels.spreads": "LKC",
+        "live_keys": "",
         "key_codes": "LKRb",
         "key_steps": "LKR",
         "key_scales": "LKR",
@@ -177,9 +180,14 @@ class Tree(_Arrays):
     }
 
     @property
-    def context_length(self) -> int:
+    def size(self) -> int | jax.Array:
+        """S, clustered keys: a number of the host, or in a program perhaps one on the device."""
+        return self.num_keys if self.live_keys is None else self.live_keys
+
+    @property
+    def context_length(self) -> int | jax.Array:
         """Tokens of the fixed context, sinks + S + W; the first user token has this position."""
-        return self.num_keys + self.window_keys.shape[2]
+        return self.size + self.window_keys.shape[2]
 
     @property
     def num_layers(self) -> int:

@@ -1,6 +1,7 @@
 """Shapes that are rounded up by themselves: few programs for any questions, and the same answers as without."""
 
 import collections
+import dataclasses
 
 import chex
 import jax
@@ -10,8 +11,9 @@ import oracle
 import pytest
 
 import squeezejax
-from squeezejax import SqueezeConfig
-from squeezejax.online import buckets
+from squeezejax import SqueezeConfig, buckets
+from squeezejax.offline.build import build_layer, clustering_of, room_for
+from squeezejax.pallas_kernels import codes
 
 RNG = np.random.default_rng(3)
 CONTEXT = RNG.integers(0, 31, 4 + 40 + 6)
@@ -140,3 +142,84 @@ def test_a_state_has_at_least_the_room_asked_for(params, coded):
 def test_a_refusal_speaks_of_the_rows_that_are_allocated(params, coded):
     with pytest.raises(ValueError, match=r"answering 2 users of 1,342,177,312 tokens needs at least"):
         squeezejax.generate(params, coded, QUESTIONS, max_new_tokens=1_100_000_000)
+
+
+# ---- Contexts
+
+
+def test_rows_of_a_context():
+    found = {count: buckets.round_up_rows(count) for count in (1, 64, 65, 4096, 4097, 131_072, 131_073)}
+    assert found == {1: 64, 64: 64, 65: 128, 4096: 4096, 4097: 4224, 131_072: 131_072, 131_073: 135_168}
+    for count in range(2049, 20_000, 7):
+        assert count <= buckets.round_up_rows(count) <= 1.032 * count
+
+
+@pytest.mark.parametrize("fractions", [(0.3,), (0.1, 0.3)], ids=["flat", "two levels"])
+def test_contexts_of_a_token_more_share_all_programs(params, fractions):
+    """From reading to answering, and a second part as well."""
+    config = dataclasses.replace(CODED, cluster_fractions=fractions, cluster_segment=40, kmeans_iterations=2)
+    rng = np.random.default_rng(2)
+
+    def use(num_tokens: int):
+        tree = squeezejax.squeeze(params, rng.integers(0, 31, num_tokens), config)
+        assert (tree.num_keys, tree.keys.shape[2]) == (num_tokens - 10, 128)
+        grown = squeezejax.append(params, tree, rng.integers(0, 31, num_tokens - 90))
+        for of in (tree, grown):
+            squeezejax.generate(params, of, QUESTIONS, max_new_tokens=2, implementation="xla")
+
+    use(120)
+    with oracle.count_compilations() as compiled:
+        for num_tokens in (119, 121, 138):
+            use(num_tokens)
+    assert set(names(compiled)) <= COPIES
+
+
+@pytest.mark.parametrize("num_keys", [65, 100, 128])
+@pytest.mark.parametrize("fractions", [(0.3,), (0.1, 0.3)], ids=["flat", "two levels"])
+def test_room_changes_no_cluster_but_by_chance(fractions, num_keys):
+    """All keys in runs of live clusters, as many as without room, whose numbers are those of the keys in them."""
+    config = dataclasses.replace(CODED, cluster_fractions=fractions, cluster_segment=50, cache_bits=16)
+    clustering = clustering_of(config)
+    rows = RNG.normal(size=(2, 2, 160, 8)).astype(np.float32)
+    num_rows, real = room_for(4 + num_keys + 6, config, clustering, np.float32)
+    layer = build_layer(*rows, config, jax.random.key(0), clustering, num_rows=num_rows, real=real)
+    assert num_rows == layer.num_keys == layer.keys.shape[1] == 128
+    tokens = np.r_[:4, 4 + num_keys : 10 + num_keys]
+    np.testing.assert_array_equal(layer.window_keys, rows[0][:, tokens])
+    for head in range(2):
+        order = np.asarray(layer.order[head])
+        np.testing.assert_array_equal(np.sort(order), np.r_[[-1] * (128 - num_keys), :num_keys])
+        live = order >= 0
+        for array, of in ((layer.keys, rows[0]), (layer.values, rows[1])):
+            np.testing.assert_array_equal(array[head][live], of[head, 4 + order[live]])
+            assert not np.any(array[head][~live])
+        for level, C in zip(layer.levels, config.num_clusters(num_keys), strict=True):
+            counts, starts = np.asarray(level.counts[head]), np.asarray(level.starts[head])
+            assert np.sum(counts > 0) == C
+            runs = [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]
+            np.testing.assert_array_equal(np.sort(np.concatenate(runs)), np.flatnonzero(live))
+        finest = layer.levels[-1]
+        numbers = np.asarray(codes.decode(codes.Codes(finest.codes[head], finest.steps[head]), 8)) + np.asarray(
+            finest.offset[head]
+        )
+        for cluster in np.flatnonzero(finest.counts[head]):
+            start, count = int(finest.starts[head, cluster]), int(finest.counts[head, cluster])
+            turned = np.asarray(codes.rotate(layer.keys[head, start : start + count]))
+            np.testing.assert_allclose(numbers[cluster], turned.mean(axis=0), atol=0.35)
+            spread = np.mean((turned - numbers[cluster]) ** 2)
+            np.testing.assert_allclose(finest.spreads[head, cluster].astype(np.float32), spread, rtol=0.02, atol=1e-3)
+
+
+def test_answers_do_not_depend_on_the_room(params):
+    """A tree that `squeeze` made, and the same one without its spare rows and clusters."""
+    tree = squeezejax.squeeze(params, RNG.integers(0, 31, 110), CODED)
+    S, C = tree.num_keys, CODED.num_clusters(100)[0]
+    assert (S, tree.keys.shape[2], tree.levels[0].counts.shape[2]) == (100, 128, 38)
+    rows = {name: x[:, :, :S] for name, x in tree.row_arrays().items()}
+    level = jax.tree.map(lambda x: x[:, :, :C], dataclasses.replace(tree.levels[0], offset=None))
+    level = dataclasses.replace(level, offset=tree.levels[0].offset)
+    exact = dataclasses.replace(tree, **rows, levels=(level,))
+    found = [squeezejax.generate(params, of, QUESTIONS, max_new_tokens=5, implementation="xla") for of in (tree, exact)]
+    chex.assert_trees_all_equal(found[0].tokens, found[1].tokens)
+    chex.assert_trees_all_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert 0.05 < float(found[0].kept_fraction[0]) < 0.95

@@ -108,8 +108,8 @@ def test_a_build_needs_its_floor(params, monkeypatch):
     """While the last layer is clustered, at least the floor is alive, and little more."""
     module, alive = importlib.import_module("squeezejax.offline.squeeze"), []
 
-    def build_layer(*arguments):
-        layer = build.build_layer(*arguments)
+    def build_layer(*arguments, **options):
+        layer = build.build_layer(*arguments, **options)
         alive.append(sum(x.nbytes for x in jax.live_arrays()))
         return layer
 
@@ -133,20 +133,23 @@ def test_clustering_takes_about_what_is_planned():
 
 
 def test_the_index_by_hand():
-    """The default index: one layer, one head, 1,000 clustered keys of dimension 4, 50 clusters in 4 bits."""
+    """The default index: one layer, one head, 1,000 clustered keys of dimension 4, 50 clusters in 4 bits.
+
+    There is room for 1,024 keys and 51 clusters (buckets.py).
+    """
     sizes = {"vocab_size": 10, "model_dim": 4, "mlp_dim": 6, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
     abstract = jax.eval_shape(lambda: Llama(LlamaConfig(**sizes, head_dim=4), key=jax.random.key(0), dtype="bfloat16"))
     config = squeezejax.SqueezeConfig(observation_window=20)
     made = plan(abstract, 1024, config, users=2, room=30, sparsity=0.9)
     assert made.clusters == (50,)
     assert made.memory.window == 2 * 24 * 4 * 2
-    assert made.memory.centroids == 50 * (4 + 2 + 2) + 4 * 4  # codes of 4 bits (dimensions by eights), step, spread
-    assert made.memory.key_codes == 1000 * (2 + 2)
+    assert made.memory.centroids == 51 * (4 + 2 + 2) + 4 * 4  # codes of 4 bits (dimensions by eights), step, spread
+    assert made.memory.key_codes == 1024 * (2 + 2)
     # The grid's points, what each misses, thresholds of clusters and keys, of a token and of a window; a and b of
     # two query heads.
     table = 1001 + 90
-    assert made.memory.index == 4 * 1000 + 3 * 4 * 50 + 4 * (1 + 1 + 4) * table + 2 * 2 * 4 + 32
-    assert made.squeezed.centroids == (50 * (4 + 2 + 2 + 2 * 4) + 4 * 4,)  # once for all users
+    assert made.memory.index == 4 * 1024 + 3 * 4 * 51 + 4 * (1 + 1 + 4) * table + 2 * 2 * 4 + 32
+    assert made.squeezed.centroids == (51 * (4 + 2 + 2 + 2 * 4) + 4 * 4,)  # once for all users
     assert made.squeezed.key_codes == pytest.approx(0.3 * 1000 * 4 * 2, abs=1)  # candidates, of each user
     assert made.squeezed.keys_values == pytest.approx(0.1 * 2 * 1000 * 4 * 2 * 2, abs=1)
     assert made.dense.key_codes == 0
@@ -178,7 +181,8 @@ def test_command(capsys):
     assert cli.main(line.split()) == 0
     out = capsys.readouterr().out
     assert re.search(r"weights +17\.641 GB", out)  # 70.55 G parameters of 2 bytes over 8 devices
-    assert re.search(r"keys and values +40\.956 GB", out)  # 80 layers · 999,904 rows · 128 · 2 · 2 bytes, a head each
+    # 80 layers · 1,015,808 rows, of which 999,896 are real, · 128 · 2 · 2 bytes, a head each
+    assert re.search(r"keys and values +41\.607 GB +4\.096 GB", out)
     assert re.search(r"the device has +141\.000 GB  fits", out)
     assert re.search(r"161 × hidden states.* 5\.259 MB in all", out)  # 2 · 80 of 8,192 float32, one of bfloat16
     assert max(map(len, out.splitlines())) < 100

@@ -31,7 +31,8 @@ def context(length, seed=0):
 def ordered_clusters(monkeypatch):
     """Cuts a head's keys into five clusters in their order, so that what is tested is the prefill alone."""
 
-    def build_layer(keys, values, config, *_):
+    def build_layer(keys, values, config, *_, real, **__):
+        keys, values = (x[:, : int(real.num_tokens)] for x in (keys, values))
         S = keys.shape[1] - config.observation_window
         labels = np.broadcast_to(np.arange(S) * 5 // S, (1, keys.shape[0], S))
         return build_tree(keys[None], values[None], config, labels=(labels,)).layer(0)

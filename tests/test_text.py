@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from chat_models import CHATML, CONTEXT, TEMPLATES, make_tokenizer
@@ -237,6 +238,23 @@ def test_the_example_in_the_readme(folder, params, tmp_path, monkeypatch, capsys
     exec(example.replace("64", "6"), {"path": folder / "model", "params": params})
     assert "6 tokens in" in capsys.readouterr().out
     assert text.load("essay.tree", params).prompt.template == "chat"
+
+
+def test_the_first_lines_in_the_readme_compile_once(folder, tmp_path, monkeypatch, capsys):
+    """Another document and other questions and lengths of answers: what is large is compiled for the first alone."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = readme.split("## In your code")[1].split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    document = CONTEXT * 3
+    run = lambda code: exec(code, {"path": folder / "model", "document": document})
+    run(example)
+    document = document[:-20]
+    with oracle.count_compilations() as compiled:
+        run(example)
+        run(example.replace("Who signed it?", "Who signed it, and when was that?").replace("64", "48"))
+    assert capsys.readouterr().out.count("of the keys read") == 3
+    large = {"_prefill_chunk", "build_layer", "_count_layer", "_prefill_and_decode", "_prefill", "_decode"}
+    assert not large & {name.removeprefix("jit(").removesuffix(")") for name in compiled}
 
 
 # ---- Stop strings

@@ -27,6 +27,7 @@ from benchmarks.gpu.trees import (
 )
 from squeezejax.pallas_kernels.hopper import decode, self_check, sparse_decode
 from squeezejax.pallas_kernels.hopper.mosaic import count_ctas
+from squeezejax.pallas_kernels.hopper.scores import CODED_HEAD_DIMS
 from squeezejax.pallas_kernels.hopper.sources import InOrder, Listed
 from squeezejax.pallas_kernels.oracle import decode as reference_decode
 
@@ -166,7 +167,7 @@ def check_selection(dry: bool, seed: int, note):
 
 def check_step(dry: bool, seed: int, note):
     """The check that lets `None` choose the kernels: both rules, every head size, some groups, both dtypes."""
-    bits = lambda H: (4, 2) if H in (64, 128) else ()  # of the default index, where the kernels take it
+    bits = lambda H: (4, 2) if H in CODED_HEAD_DIMS else ()  # of the default index, where the kernels take it
     sizes = [(64, 4, "bfloat16", 4, 2)] if dry else [(H, G, dtype, *bits(H)) for H, G, _, _, dtype in SHAPES]
     for size in sizes:
         self_check.decode_step(*size)

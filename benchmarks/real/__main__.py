@@ -37,6 +37,7 @@ MATCHES = ("bytes", "keys")
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
+    methods = ", ".join(entries.entries()).replace("%", "%%")
     parser = argparse.ArgumentParser(
         "python -m benchmarks.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lengths", type=int, nargs="+", help="tokens squeezed (default: 2048 4096 7424; quick: 2048)")
     add("--budgets", type=float, nargs="+", help="fractions of dense (default: 0.25 0.125 0.0625; quick: 0.125)")
     add("--matches", nargs="+", choices=MATCHES, help="what budgets are of (default: both; quick: bytes)")
-    add("--methods", nargs="+", help=f"any of: {', '.join(entries.entries())} (default: all; quick: a few)")
+    add("--methods", nargs="+", help=f"any of: {methods} (default: all; quick: a few)")
     add(
         "--config",
         nargs="+",
@@ -58,6 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--num-texts", type=int, help="stretches of text (default: 4; quick: 2)")
     add("--num-needles", type=int, help="contexts with needles (default: 4; quick: 1)")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=needles.KINDS,
+        default=[*needles.KINDS],
+        help="of needles, in turn (default: both)",
+    )
     add("--fed", type=int, default=FED, help=f"tokens after a text (default: {FED})")
     return parser
 
@@ -129,7 +137,7 @@ class Bench:
             )
             yield "lm", f"{where.name} {i}", make
         for i in range(self.arguments.num_needles):
-            kind = needles.KINDS[i % len(needles.KINDS)]
+            kind = self.arguments.kinds[i % len(self.arguments.kinds)]
             yield "needles", f"{where.name} {kind} {i}", lambda i=i, kind=kind: self.haystack(where, i, length, kind)
 
     def haystack(self, where: texts.Texts, i: int, length: int, kind: str) -> measure.Material:

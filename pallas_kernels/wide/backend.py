@@ -63,7 +63,7 @@ class Wide(Xla):
             kept = Kept.of(mask.reshape(-1, mask.shape[2]))
             num_rows = jnp.mean(kept.num_rows.reshape(B, -1).astype(jnp.float32), axis=1)
             num_rows = jax.lax.psum(num_rows, context) if context else num_rows
-            return *_attend_kept(tree, rows, kept, layer, rest), num_rows / tree.num_keys
+            return *_attend_kept(tree, rows, kept, layer, rest), num_rows / jnp.float32(tree.size)
 
         if reading.log_T is None:
             out, lse, kept = every_key()
@@ -152,7 +152,8 @@ def _prefill_every(tree, q, own: Own, layer, context: str | None) -> Attended:
     B, _, K, G, _ = q.shape
     rows, back = to_lanes(q), lambda found: tuple(from_lanes(x, G) for x in found)
     with jax.named_scope("attend_every_key"):
-        if tree.num_keys == tree.keys.shape[2] and cudnn.usable(q.reshape(*q.shape[:2], K * G, -1), own.keys):
+        whole = context is None and tree.live_keys is None and tree.num_keys == tree.keys.shape[2]
+        if whole and tree.key_scales is None and cudnn.usable(q.reshape(*q.shape[:2], K * G, -1), own.keys):
             fixed = cudnn.attend_layer(q, tree.keys[layer], tree.values[layer])  # no row is padding
         else:
             listed = tree.order[layer] >= 0

@@ -113,7 +113,7 @@ def _attend_fixed(tree, rows, valid, group: int, layer, reading: Reading, contex
     def kept_keys():
         found = select(tree, rows, valid, group, layer, reading, context)
         num_rows = jnp.mean(found.num_rows.astype(jnp.float32), axis=1)
-        kept = (jax.lax.psum(num_rows, context) if context else num_rows) / tree.num_keys
+        kept = (jax.lax.psum(num_rows, context) if context else num_rows) / jnp.float32(tree.size)
         return *_attend_found(tree, rows, found, layer), kept
 
     if reading.log_T is None:
@@ -175,4 +175,4 @@ def _attend_estimated(tree, rows, valid, group: int, own, layer, reading: Readin
     missed = jnp.sum(missed, axis=(1, 2)) / (K * jnp.maximum(jnp.sum(valid.astype(jnp.float32), axis=1), 1.0))
     if reading.tail:
         attended = merge(attended, *found.rest)
-    return *attended, jnp.mean(found.num_rows.astype(jnp.float32), axis=1) / tree.num_keys, missed
+    return *attended, jnp.mean(found.num_rows.astype(jnp.float32), axis=1) / jnp.float32(tree.size), missed

@@ -17,9 +17,7 @@ from squeezejax.online.reading import reading_of
 from squeezejax.online.sampling import sampling_of
 from squeezejax.tree import Tree
 
-# Questions and caches are padded to multiples of these, so that few shapes are ever compiled.
-PADDING = 64
-ROOM = 512
+ROOM = 512  # rows of a cache, or a multiple: fewer shapes than `prefill` would make of it by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +114,13 @@ class Session:
         if state is not None:
             # Rows beyond the length are never attended, so a shorter length forgets what came after.
             state = dataclasses.replace(state, lengths=on_device([common], jnp.int32))
-        new = ids[common:]
-        padded = pad(new)
-        used = common + padded.shape[1]
+        rows = -(-(len(ids) + self.options.max_new_tokens) // ROOM) * ROOM
         self._state = prefill(
             self._params,
             self._tree,
-            padded,
+            np.array([ids[common:]], np.int32),
             state=state,
-            capacity=_round_up(used + self.options.max_new_tokens, ROOM) - used,
-            lengths=np.array([len(new)]),
+            capacity=rows - len(ids),
             **self.options.reading,
         )
         self._ids = list(ids)
@@ -146,14 +141,3 @@ class Session:
 def _number(array):
     """The one user's, [1]; indexing on the device would compile programs of its own."""
     return jax.device_get(array).item()
-
-
-def pad(ids: list[int]) -> np.ndarray:
-    """ids as i32[1 T], zeros after them."""
-    padded = np.zeros((1, _round_up(len(ids), PADDING)), np.int32)
-    padded[0, : len(ids)] = ids
-    return padded
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

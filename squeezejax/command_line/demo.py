@@ -13,7 +13,6 @@ import numpy as np
 
 from squeezejax import models, text
 from squeezejax.chat import prompts as chat
-from squeezejax.chat.stream import pad
 from squeezejax.command_line.commands import check_out, model_directory
 from squeezejax.command_line.trust import EMBEDDED
 from squeezejax.config import SqueezeConfig
@@ -145,8 +144,7 @@ def _answerer(params, tree, tokenizer):
             way(
                 params,
                 tree,
-                pad(ids),
-                lengths=np.array([len(ids)]),
+                ids,
                 max_new_tokens=MAX_NEW_TOKENS,
                 stop_tokens=stop,
                 implementation=IMPLEMENTATION,

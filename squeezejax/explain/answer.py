@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import buckets
 from squeezejax.arguments import check_model, check_tokens
-from squeezejax.chat.stream import pad
 from squeezejax.mesh import sharding
 from squeezejax.online.generate import State, empty_state, forward
 from squeezejax.online.reading import Estimate, check_reading, reading_of
@@ -76,8 +76,9 @@ def explain(
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     check_reading(reading, 1)
     reading = dataclasses.replace(reading, implementation="xla")
-    state = empty_state(params, tree, 1, pad(question).shape[1] + pad(answer).shape[1])
-    state, seen = _read(params, tree, state, pad(question), len(question), reading)
+    padded, room = (buckets.pad_tokens(np.array([ids], np.int32)) for ids in (question, answer))
+    state = empty_state(params, tree, 1, padded.shape[1] + room.shape[1])
+    state, seen = _read(params, tree, state, padded, len(question), reading)
     prefill_kept = state.kept_fraction[0]
     record = _Record(tree, len(answer))
     kept = 0.0

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import buckets
 from squeezejax.config import SqueezeConfig
 from squeezejax.mesh import sharding
-from squeezejax.offline.kmeans import Clustering, cluster_levels
+from squeezejax.offline.kmeans import Clustering, Division, cluster_levels, divide_levels
 from squeezejax.offline.shape import Shape, shape_clusters, shape_of
 from squeezejax.pallas_kernels import codes, registry
 from squeezejax.pallas_kernels.keys_values import KeysValues, in_8_bits
@@ -93,7 +95,29 @@ def dimension_weights(frequencies, num_tokens: int) -> tuple[float, ...]:
     return tuple(np.where(slow, 1.0, FAST_WEIGHT).tolist())
 
 
-@functools.partial(jax.jit, static_argnames=("config", "clustering", "implementation", "first_row"))
+class Real(NamedTuple):
+    """How much of a layer is real, where there is room for more: numbers that programs do not depend on."""
+
+    num_tokens: jax.Array  # i32[], sinks + S + W, the first ones
+    divisions: tuple[Division, ...] | None  # of the rows and clusters of each level, coarse → fine; None: all are real
+
+
+def room_for(num_tokens: int, config: SqueezeConfig, clustering: Clustering, dtype) -> tuple[int, Real]:
+    """How many rows a layer of so many tokens is built with, so that a program serves many S (buckets.py), and `Real`.
+
+    Where cluster sizes are made to suit kernels (shape.py) they are made for S, and there is room for no more.
+    """
+    S = num_tokens - config.always_read
+    if not config.key_bits or shape_of(config, S, stored_dtype(config, dtype)) is not None:
+        num_rows, divisions = S, None
+    else:
+        num_rows = buckets.round_up_rows(S)
+        rooms = num_rows, config.num_clusters(num_rows)
+        divisions = divide_levels(S, config.num_clusters(S), rooms, clustering)
+    return num_rows, jax.device_put(Real(np.int32(num_tokens), divisions))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "clustering", "implementation", "first_row", "num_rows"))
 def build_layer(
     keys,
     values,
@@ -103,101 +127,134 @@ def build_layer(
     implementation: str | None = None,
     first_row: int = 0,
     offset=None,
+    num_rows: int | None = None,
+    real: Real | None = None,
 ) -> TreeLayer:
     """`build_tree` for one layer: keys, values [K sinks+S+W H].
 
     `first_row` is where its rows will begin: cluster sizes that suit kernels depend on it. `offset` f32[K H] is the
-    mean that codes leave out, where they are to be joined with others; by default that of these keys.
+    mean that codes leave out, where they are to be joined with others; by default that of these keys. With num_rows
+    the layer has room for so many clustered keys, and clusters for them, of which `real` are there; `num_keys` is
+    then num_rows, and keys and values may have any number of tokens from sinks + num_rows on.
     """
-    options = {"config": config, "clustering": clustering, "implementation": implementation, "first_row": first_row}
+    options = {
+        "config": config,
+        "clustering": clustering,
+        "implementation": implementation,
+        "first_row": first_row,
+        "num_rows": num_rows,
+    }
     build = functools.partial(_build_heads, **options)
-    seeds = jax.random.split(key, keys.shape[0])
-    return sharding.map_heads(build, keys, values, seeds, *([] if offset is None else [offset]))
+    K = keys.shape[0]
+    by_head = jax.tree.map(lambda x: jnp.broadcast_to(x, (K, *x.shape)), real)
+    return sharding.map_heads(build, keys, values, jax.random.split(key, K), offset, by_head)
 
 
 def _build_heads(
     keys,
     values,
     seeds,
-    offset=None,
+    offset,
+    real: Real | None,
     *,
     config: SqueezeConfig,
     clustering: Clustering,
-    implementation: str | None = None,
-    first_row: int = 0,
+    implementation: str | None,
+    first_row: int,
+    num_rows: int | None,
 ) -> TreeLayer:
-    """`build_layer` with a random key a head."""
-    rows = clustered(keys, config)
-    S = rows.shape[1]
-    clusters = config.num_clusters(S)
+    """`build_layer` with a random key a head, and `real` the same for each."""
+    num_rows = keys.shape[1] - config.always_read if num_rows is None else num_rows
+    real = jax.tree.map(lambda x: x[0], real)
+    rows = clustered(keys, config, num_rows)
+    clusters = config.num_clusters(num_rows)
 
-    def cluster_head(rows, seed):  # rows [S H] -> labels, coarse → fine
+    def cluster_head(rows, seed):  # rows [R H] -> labels, coarse → fine
         # K-means takes float32 and bfloat16; float16 widens exactly.
         rows = rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows
-        return cluster_levels(rows, clusters, key=seed, options=clustering, implementation=implementation)
+        options = {"options": clustering, "implementation": implementation}
+        return cluster_levels(rows, clusters, key=seed, divisions=None if real is None else real.divisions, **options)
 
     with jax.named_scope("cluster"):
         labels = jax.vmap(cluster_head)(rows, seeds)
-    shape = shape_of(config, S, stored_dtype(config, keys.dtype), first_row)
-    return _arrange(keys, values, labels, clusters, config, shape, offset)
+    shape = shape_of(config, num_rows, stored_dtype(config, keys.dtype), first_row)
+    return _arrange(keys, values, labels, clusters, config, shape, offset, None if real is None else real.num_tokens)
 
 
-def clustered(x, config: SqueezeConfig):
-    """The rows of x [K sinks+S+W H] that are clustered: [K S H]."""
-    return x[:, config.sinks : x.shape[1] - config.observation_window]
+def clustered(x, config: SqueezeConfig, num_rows: int):
+    """The rows of x [K sinks+S+W H] that are clustered, or more, if num_rows says so: [K num_rows H]."""
+    return x[:, config.sinks : config.sinks + num_rows]
 
 
-def always_read(x, config: SqueezeConfig):
-    """The other rows: [K sinks+W H]."""
-    return jnp.concatenate([x[:, : config.sinks], x[:, x.shape[1] - config.observation_window :]], axis=1)
+def always_read(x, config: SqueezeConfig, num_tokens):
+    """The other ones of the first num_tokens rows: [K sinks+W H]."""
+    W = config.observation_window
+    window = jax.lax.dynamic_slice_in_dim(x, num_tokens - W, W, axis=1)
+    return jnp.concatenate([x[:, : config.sinks], window], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("clusters", "config", "shape"))
 def _arrange(
-    keys, values, labels, clusters: tuple[int, ...], config: SqueezeConfig, shape: Shape | None = None, offset=None
+    keys,
+    values,
+    labels,
+    clusters: tuple[int, ...],
+    config: SqueezeConfig,
+    shape: Shape | None = None,
+    offset=None,
+    num_tokens=None,
 ) -> TreeLayer:
     """Sorts one layer by cluster.
 
-    labels as for `build_tree`, but without L; clusters = C of each level; `shape` of the finest ones, None = as given.
+    labels as for `build_tree`, but without L, the number of clusters for rows that are not real; clusters = C of each
+    level; `shape` of the finest ones, None = as given; num_tokens i32[], sinks + S + W (None: all of keys).
     """
-    rows = clustered(keys, config)
-    S = rows.shape[1]
+    num_tokens = keys.shape[1] if num_tokens is None else num_tokens
+    S, R = num_tokens - config.always_read, labels[-1].shape[1]
+    rows = clustered(keys, config, R)
     order, levels = jax.vmap(functools.partial(_arrange_head, clusters=clusters, shape=shape))(rows, labels)
-    padding = padding_rows(S, stored_dtype(config, keys.dtype))
-    take = lambda x: jnp.take_along_axis(x, order[:, :, None], axis=1)
+    padding = padding_rows(R, stored_dtype(config, keys.dtype))
+    live = jnp.arange(R, dtype=jnp.int32) < S  # of rows in cluster order, in which those that are not real come last
+
+    def take(x):
+        taken = jnp.take_along_axis(x, order[:, :, None], axis=1)
+        return jnp.where(live[None, :, None], taken, jnp.zeros((), x.dtype))
+
     pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
     sorted_keys = take(rows)
-    round_head = functools.partial(_round_head, config=config)
+    round_head = functools.partial(_round_head, live=live, config=config)
     with jax.named_scope("round"):
         levels, coded = jax.vmap(round_head)(sorted_keys, levels, offset)
     key_codes, key_steps = (None, None) if coded is None else map(pad, coded)
-    cache = KeysValues(sorted_keys, take(clustered(values, config)))
+    cache = KeysValues(sorted_keys, take(clustered(values, config, R)))
     cache = jax.tree.map(pad, in_8_bits(cache) if config.cache_bits == 8 else cache)
+    order = jnp.where(live[None, :], order, -1)
     return TreeLayer(
         **vars(cache),
         order=jnp.pad(order, ((0, 0), (0, padding)), constant_values=-1),
-        window_keys=always_read(keys, config),
-        window_values=always_read(values, config),
+        window_keys=always_read(keys, config, num_tokens),
+        window_values=always_read(values, config, num_tokens),
         levels=levels,
         config=config,
-        num_keys=S,
+        num_keys=R,
         key_codes=key_codes,
         key_steps=key_steps,
     )
 
 
-def _round_head(keys, levels: tuple[Level, ...], offset, *, config: SqueezeConfig):
-    """One head's levels with centroids rounded and spreads measured, and the codes of its keys [S H], or None.
+def _round_head(keys, levels: tuple[Level, ...], offset, *, live, config: SqueezeConfig):
+    """One head's levels with centroids rounded and spreads measured, and the codes of its keys [R H], or None.
 
-    Keys lie in cluster order; offset f32[H], or None for the mean of these keys.
+    Keys lie in cluster order, those of live bool[R] being real; offset f32[H], or None for the mean of these keys.
     """
     if config.index_bits == 32 and config.score == "mean":
         return levels, None
-    S = keys.shape[0]
     turned = codes.rotate(keys)
-    offset = jnp.mean(turned, axis=0) if offset is None else offset
+    if offset is None:
+        offset = jnp.sum(turned, axis=0) / jnp.sum(live.astype(jnp.float32))  # of rows that are not real, zeros
     rounded = []
     for level in levels:
+        C = len(level.counts)
         if config.index_bits >= 16:
             dtype = jnp.float32 if config.index_bits == 32 else jnp.bfloat16
             level = dataclasses.replace(level, centroids=level.centroids.astype(dtype))
@@ -207,10 +264,10 @@ def _round_head(keys, levels: tuple[Level, ...], offset, *, config: SqueezeConfi
             level = dataclasses.replace(level, centroids=None, codes=packed, steps=steps, offset=offset)
             numbers = codes.decode(codes.Codes(packed, steps), keys.shape[1]) + offset[None]
         # The clusters of a level are runs of rows, in order.
-        cluster = jnp.repeat(jnp.arange(len(level.counts)), level.counts, total_repeat_length=S)
-        residual = turned - numbers[cluster]
+        cluster = jnp.repeat(jnp.arange(C), level.counts, total_repeat_length=len(live))
+        residual = jnp.where(live[:, None], turned - numbers[cluster], 0.0)
         if config.score == "variance":
-            squares = segment_sum(jnp.mean(residual**2, axis=1), cluster, len(level.counts))
+            squares = segment_sum(jnp.mean(residual**2, axis=1), cluster, C)
             spreads = squares / jnp.maximum(level.counts, 1).astype(jnp.float32)
             level = dataclasses.replace(level, spreads=spreads.astype(jnp.bfloat16))
         rounded.append(level)
@@ -228,29 +285,34 @@ def padding_rows(num_keys: int, dtype) -> int:
 
 
 def _arrange_head(keys, labels, *, clusters, shape: Shape | None):
-    """One head: keys [S H], labels coarse → fine -> (order i32[S], levels without L and K)."""
+    """One head: keys [R H], labels coarse → fine -> (order i32[R], levels without L and K).
+
+    Rows and clusters that are not real have the label C. The rows come last, the clusters with those of the last one.
+    """
     # Renumber from the top, so that the children of a cluster become neighbours, and their rows one run.
     parents = [jnp.zeros(clusters[0], jnp.int32)]
     number = jnp.arange(clusters[0], dtype=jnp.int32)  # old cluster id -> new one
     for C, parent_of in zip(clusters[1:], labels[:-1], strict=True):
-        parent = number[parent_of]
+        parent = number[jnp.minimum(parent_of, len(number) - 1)]
         old = jnp.argsort(parent, stable=True).astype(jnp.int32)
         parents.append(parent[old])
         number = jnp.zeros(C, jnp.int32).at[old].set(jnp.arange(C, dtype=jnp.int32))
-    cluster_of = number[labels[-1]]
+    renumber = lambda numbers, labels, C: jnp.where(labels < len(numbers), numbers[labels], C)
+    cluster_of = renumber(number, labels[-1], clusters[-1])
     if shape is not None:
         cluster_of = shape_clusters(keys, cluster_of, parents[-1], shape)
     order = jnp.argsort(cluster_of, stable=True).astype(jnp.int32)
     rows, row_cluster = keys[order].astype(jnp.float32), cluster_of[order]
 
     levels, children = [], (None, None)
-    for C, parent in zip(reversed(clusters), reversed(parents), strict=True):
+    above = (*reversed(clusters[:-1]), 0)
+    for C, parent, C_above in zip(reversed(clusters), reversed(parents), above, strict=True):
         counts, starts = _run_lengths(row_cluster, C)
         centroids = _means(rows, row_cluster, counts, starts)
         levels.insert(0, Level(centroids, counts, starts, parent, *children))
-        row_cluster = parent[row_cluster]
+        row_cluster = renumber(parent, row_cluster, C_above)
         if len(levels) < len(clusters):
-            child_counts, child_starts = _run_lengths(parent, clusters[-len(levels) - 1])
+            child_counts, child_starts = _run_lengths(parent, C_above)
             children = (child_starts, child_counts)
     return order, tuple(levels)
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from squeezejax import buckets
 from squeezejax.offline import common_scale, levelwise
 from squeezejax.tree import Tree
 
@@ -27,5 +28,6 @@ def calibrate(tree: Tree, queries) -> Tree:
         raise ValueError("calibration needs at least one query token")
     if not bool(jnp.all(jnp.isfinite(queries))):
         raise ValueError("queries hold values that are not finite")
-    found = common_scale.table(tree, queries) if tree.config.score == "variance" else levelwise.table(tree, queries)
+    table = common_scale.table if tree.config.score == "variance" else levelwise.table
+    found = table(buckets.in_room(tree, "xla"), queries)
     return dataclasses.replace(tree, **found)

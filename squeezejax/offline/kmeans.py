@@ -5,8 +5,10 @@ and layers. lloyd.py has the iterations.
 """
 
 import dataclasses
+import itertools
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,26 @@ class KMeans:
     iterations: jax.Array  # i32[], Lloyd steps that ran, those of the swap rounds included; the most of any segment
 
 
+class Division(NamedTuple):
+    """How many rows and clusters of those that arrays have room for are real, the first ones, and their segments.
+
+    Numbers of the host or a device: programs do not depend on them (buckets.py).
+    """
+
+    num_rows: jax.Array  # i32[]
+    num_clusters: jax.Array  # i32[]
+    rows: jax.Array  # i32[segments + 1], first row of every segment, and the end of the last
+    clusters: jax.Array  # i32[segments + 1], their first clusters likewise
+
+
+def divide(num_rows: int, num_clusters: int, segments: int) -> Division:
+    """Rows and clusters cut into segments of equal size, on the host."""
+    ends = np.arange(segments + 1) * num_rows // segments
+    # Shares by the rows passed, so that no segment gets more clusters than it has rows, and none none.
+    numbers = num_rows, num_clusters, ends, ends * num_clusters // num_rows
+    return Division(*(np.asarray(x, np.int32) for x in numbers))
+
+
 def kmeans(
     x,
     num_clusters,
@@ -106,12 +128,20 @@ def kmeans(
 
 
 def cluster(
-    x, num_clusters, *, key, weights=None, options: Clustering | None = None, implementation: str | None = None
+    x,
+    num_clusters,
+    *,
+    key,
+    weights=None,
+    options: Clustering | None = None,
+    implementation: str | None = None,
+    division: Division | None = None,
 ) -> KMeans:
     """`kmeans` in either metric, of all rows at once or segment by segment, as `options` say (None: as `kmeans` does).
 
     x, num_clusters, key and weights are as for `kmeans`. The Hopper kernel knows the cosine only: `implementation`
-    means nothing to the Euclidean metric, which is plain XLA.
+    means nothing to the Euclidean metric, which is plain XLA. `division` says which rows and clusters are real where
+    there is room for more (None: all are): other rows get the label `num_clusters`, other clusters no row.
 
     Raises ValueError and NotImplementedError as `kmeans`, and ValueError unless there is one weight a dimension.
     """
@@ -127,30 +157,46 @@ def cluster(
         kernel = None if backend.name == "xla" else backend.nearest
     else:
         dims = jnp.asarray(options.dimension_weights or (1.0,) * H, jnp.float32)
-    segments = num_segments(S, num_clusters, options.segment)
     steps = options.max_iterations - rounds
-    return _cluster(x, weights, key, options.tolerance, dims, num_clusters, rounds, steps, kernel, segments)
+    if division is None:
+        present, division = None, divide(S, num_clusters, num_segments(S, num_clusters, options.segment))
+    else:
+        present = division.num_clusters
+    return _cluster(x, weights, key, options.tolerance, dims, num_clusters, rounds, steps, kernel, division, present)
 
 
 def cluster_levels(
-    x, clusters: tuple[int, ...], *, key, options: Clustering | None = None, implementation: str | None = None
+    x,
+    clusters: tuple[int, ...],
+    *,
+    key,
+    options: Clustering | None = None,
+    implementation: str | None = None,
+    divisions: tuple[Division, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Labels of a hierarchy over rows x [S H], coarse → fine: of each cluster its parent, and i32[S] of each row.
 
     clusters = C of each level, coarse → fine. The finest are clusters of rows, all others of the centroids below, which
-    count as often as they have rows.
+    count as often as they have rows. `divisions`, of each level, as for `cluster`.
     """
-    *upper_keys, fine_key = jax.random.split(key, len(clusters))
-    found = cluster(x, clusters[-1], key=fine_key, options=options, implementation=implementation)
-    labels = [found.labels]
-    weights = found.counts.astype(jnp.float32)
-    for C, upper_key in zip(reversed(clusters[:-1]), reversed(upper_keys), strict=True):
-        found = cluster(
-            found.centroids, C, key=upper_key, weights=weights, options=options, implementation=implementation
-        )
-        weights = jax.ops.segment_sum(weights, found.labels, C)
-        labels.insert(0, found.labels)
+    rows, weights, labels = x, None, []
+    levels = zip(clusters, jax.random.split(key, len(clusters)), divisions or [None] * len(clusters), strict=True)
+    for C, level_key, division in reversed(list(levels)):
+        options_here = {"options": options, "implementation": implementation, "division": division}
+        found = cluster(rows, C, key=level_key, weights=weights, **options_here)
+        rows, labels = found.centroids, [found.labels, *labels]
+        weights = found.counts.astype(jnp.float32) if weights is None else jax.ops.segment_sum(weights, found.labels, C)
     return tuple(labels)
+
+
+def divide_levels(num_rows: int, clusters: tuple[int, ...], rooms, options: Clustering) -> tuple[Division, ...]:
+    """`Division` of each level, coarse → fine, for num_rows rows and clusters = C of each level.
+
+    rooms = (rows, C of each level) that there is room for; the number of segments depends on these alone.
+    """
+    counts, room = (*clusters, num_rows), (*rooms[1], rooms[0])
+    segments = [num_segments(below, C, options.segment) for C, below in itertools.pairwise(room)]
+    return tuple(map(divide, counts[1:], counts[:-1], segments))
 
 
 def usual_segment(num_rows: int) -> int:
@@ -178,9 +224,13 @@ def _check(x, num_clusters, weights, options: Clustering):
         raise ValueError(f"dimension_weights has {len(dims)} entries, and rows have {shape[1]} dimensions.")
 
 
-@partial(jax.jit, static_argnames=("num_clusters", "rounds", "steps", "kernel", "segments"))
-def _cluster(x, weights, key, tolerance, dims, num_clusters, rounds, steps, kernel, segments) -> KMeans:
-    live = weights > 0
+@partial(jax.jit, static_argnames=("num_clusters", "rounds", "steps", "kernel"))
+def _cluster(
+    x, weights, key, tolerance, dims, num_clusters, rounds, steps, kernel, division: Division, present
+) -> KMeans:
+    """`cluster`; `present` i32[], of num_clusters clusters the real ones, None = all."""
+    real = jnp.arange(x.shape[0], dtype=jnp.int32) < division.num_rows
+    live = (weights > 0) & real
     weights = jnp.where(live, weights, 0.0)
     raw = jnp.where(live[:, None], x.astype(jnp.float32), 0.0)
 
@@ -192,56 +242,62 @@ def _cluster(x, weights, key, tolerance, dims, num_clusters, rounds, steps, kern
     def partition(raw, weights, num, key, present=None):
         return lloyd.partition(rows_of(raw, weights, num), num, key, rounds, steps, tolerance, present)
 
-    if segments == 1:
-        labels, ran = partition(raw, weights, num_clusters, key)
+    if len(division.rows) == 2:
+        labels, ran = partition(raw, weights, num_clusters, key, present)
     else:
-        labels, ran = _by_segments(partition, raw, weights, num_clusters, key, segments)
+        labels, ran = _by_segments(partition, raw, weights, num_clusters, key, division)
     with jax.named_scope("finish"):
         rows = rows_of(raw, weights, num_clusters)
-        labels = _fill_empty(rows, live, labels, num_clusters)
+        labels = _fill_empty(rows, live, real, labels, num_clusters, division.num_clusters)
         inertia = jnp.sum(weights * lloyd.half_distances(rows, labels, num_clusters))
         inertia = inertia / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
         if rows.scale is not None:
             inertia = inertia * (2 * rows.scale**2)
-        counts = jax.ops.segment_sum(jnp.ones_like(labels), labels, num_clusters)
+        counts = jax.ops.segment_sum(real.astype(jnp.int32), labels, num_clusters)
         centroids = _raw_means(raw, live, weights, labels, num_clusters)
+        labels = jnp.where(real, labels, num_clusters)
         return KMeans(centroids, labels, counts, jnp.maximum(inertia, 0.0), ran)
 
 
-def _by_segments(partition, raw, weights, num_clusters: int, key, segments: int):
+def _by_segments(partition, raw, weights, num_clusters: int, key, division: Division):
     """partition(raw, weights, num_clusters, key, present) of each segment -> (labels i32[S] of all, most steps)."""
-    S, C = weights.shape[0], num_clusters
-    ends = np.arange(segments + 1) * S // segments
-    # Shares by the rows passed, so that no segment gets more clusters than it has rows, and none none.
-    first = ends * C // S
-    size, most = int(np.diff(ends).max()), int(np.diff(first).max())
-    place = ends[:-1, None] + np.arange(size)  # [segments size]
-    inside = place < ends[1:, None]
-    place = np.minimum(place, S - 1)
+    S, segments = weights.shape[0], len(division.rows) - 1
+    # Room for any segment: rows are cut evenly, and clusters by rows, each rounded by less than one.
+    size = -(-S // segments)
+    most = min(size, size * num_clusters // S + 2)
+    starts, ends = jnp.asarray(division.rows[:-1]), jnp.asarray(division.rows[1:])
+    first, present = jnp.asarray(division.clusters[:-1]), jnp.diff(division.clusters)
 
     def one(operands):
-        place, inside, present, seed = operands
-        return partition(
-            raw[place], jnp.where(inside, weights[place], 0.0), most, jax.random.fold_in(key, seed), present
-        )
+        start, end, present, seed = operands
+        place = start + jnp.arange(size, dtype=jnp.int32)
+        inside = place < end
+        place = jnp.minimum(place, S - 1)
+        weights_here = jnp.where(inside, weights[place], 0.0)
+        return partition(raw[place], weights_here, most, jax.random.fold_in(key, seed), present)
 
-    operands = (place.astype(np.int32), inside, np.diff(first).astype(np.int32), np.arange(segments, dtype=np.int32))
-    labels, ran = jax.lax.map(one, jax.tree.map(jnp.asarray, operands))
-    labels = labels + first[:-1, None].astype(np.int32)
-    segment_of = np.repeat(np.arange(segments), np.diff(ends))
-    return labels[segment_of, np.arange(S) - ends[segment_of]], jnp.max(ran)
+    labels, ran = jax.lax.map(one, (starts, ends, present, jnp.arange(segments, dtype=jnp.int32)))
+    labels = labels + first[:, None]
+    row = jnp.arange(S, dtype=jnp.int32)
+    segment_of = jnp.searchsorted(ends, row, side="right").astype(jnp.int32)
+    segment_of = jnp.minimum(segment_of, segments - 1)  # of rows that are not real, any
+    place = jnp.minimum(row - starts[segment_of], size - 1)
+    return jnp.minimum(labels[segment_of, place], num_clusters - 1), jnp.max(ran)
 
 
-def _fill_empty(rows: lloyd.Rows, live, labels, num_clusters):
-    """Labels i32[S] with a row in every cluster: the worst-fitting rows that are not alone move to the empty ones."""
+def _fill_empty(rows: lloyd.Rows, live, real, labels, num_clusters, present):
+    """Labels i32[S] with a row in every cluster: the worst-fitting rows that are not alone move to the empty ones.
+
+    Of the clusters the first `present` i32[] are to have rows; rows bool[S] that are not real stay where they are.
+    """
     S, C = labels.shape[0], num_clusters
     number = jnp.arange(S, dtype=jnp.int32)
     # The first live row of each cluster stays, so that no other cluster is emptied.
     first = jax.ops.segment_min(jnp.where(live, number, S), labels, C)
     misfit = jnp.where(live, lloyd.half_distances(rows, labels, C), -1.0)  # dead rows move when no live one is left
-    misfit = jnp.where(first[labels] == number, -2.0, misfit)
+    misfit = jnp.where(first[labels] == number, -2.0, jnp.where(real, misfit, -3.0))
     _, movers = jax.lax.top_k(misfit, C)
-    empty = first >= S  # segment_min of nothing is the largest integer
+    empty = (first >= S) & (jnp.arange(C, dtype=jnp.int32) < present)  # segment_min of nothing is the largest integer
     mover = movers[jnp.cumsum(empty, dtype=jnp.int32) - 1]
     return labels.at[jnp.where(empty, mover, S)].set(jnp.arange(C, dtype=jnp.int32), mode="drop")
 

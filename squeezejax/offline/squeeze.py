@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from squeezejax.arguments import check_context
+from squeezejax import buckets
+from squeezejax.arguments import check_context, on_device
 from squeezejax.config import FALLBACK_QUERIES, SqueezeConfig
 from squeezejax.mesh import sharding
 from squeezejax.mesh.parts import split_layer
@@ -26,6 +27,7 @@ from squeezejax.offline.build import (
     check_finite,
     clustering_of,
     dimension_weights,
+    room_for,
 )
 from squeezejax.offline.calibrate import calibrate
 from squeezejax.offline.kmeans import Clustering
@@ -34,7 +36,7 @@ from squeezejax.offline.unfinished import Unfinished
 from squeezejax.online.attention import attend_context
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.layout import split_heads
-from squeezejax.plan import check_build_fits
+from squeezejax.plan import check_build_fits, dtype_of
 from squeezejax.tree import Tree, TreeLayer, layer_fields, stack_layers
 
 CHUNK = 512  # context tokens in one forward step
@@ -90,27 +92,31 @@ def squeeze(
 def _build(params, tokens, config, seeds, num_queries: int, saved: Unfinished | None, report, implementation):
     """All layers -> (an uncalibrated tree, a list with the last queries [N W H] of every layer)."""
     L, length = params.config.num_layers, tokens.shape[1]
+    num_keys = length - config.always_read
     clustering = clustering_for(params, config, length)
-    x = embed_chunked(params, tokens)
+    num_rows, real = room_for(length, config, clustering, dtype_of(params))
+    x = embed_chunked(params, tokens, config.always_read + num_rows)
     tree, queries = None, []
     if saved is not None and saved.num_layers:
         for i in range(saved.num_layers):
-            tree = write_layer(tree, _beside(x, saved.layer(i)), i, L)
+            layer = dataclasses.replace(_beside(x, saved.layer(i)), num_keys=num_rows)
+            tree = write_layer(tree, layer, i, L)
         queries, x = saved.state(x)
         report.skip(saved.num_layers)
     for i in range(len(queries), L):
         x, keys, values, q = prefill_layer(params, i, x, length, num_queries, report)
         with report.spend("clustering"):
-            layer = cluster_layer(keys, values, i, config, seeds[i], clustering, implementation)
+            options = {"implementation": implementation, "num_rows": num_rows, "real": real}
+            layer = cluster_layer(keys, values, i, config, seeds[i], clustering, **options)
             del keys, values  # as large as the layer, and not needed while the next one is read
         tree = write_layer(tree, layer, i, L)
         queries.append(q)
         report.layer(i, layer_work(params.config, length, config), tree)
         if saved is not None:
             with report.spend("checkpoints"):
-                saved.write(i, layer, queries, x)
+                saved.write(i, dataclasses.replace(layer, num_keys=num_keys), queries, x)
         del layer
-    return tree, queries
+    return dataclasses.replace(tree, num_keys=num_keys), queries
 
 
 def _beside(x, layer: TreeLayer) -> TreeLayer:
@@ -122,13 +128,15 @@ def _beside(x, layer: TreeLayer) -> TreeLayer:
 def clustering_for(params, config: SqueezeConfig, num_tokens: int) -> Clustering:
     """How keys of a context of num_tokens tokens are clustered; a model may say how fast RoPE turns its dimensions."""
     frequencies = getattr(params, "key_frequencies", None)
-    return clustering_of(config, frequencies and dimension_weights(frequencies(), num_tokens))
+    # Rounded as the rows are: one program for all of these.
+    rounded = config.always_read + buckets.round_up_rows(num_tokens - config.always_read)
+    return clustering_of(config, frequencies and dimension_weights(frequencies(), rounded))
 
 
-def cluster_layer(keys, values, index: int, *options) -> TreeLayer:
-    """`build_layer`, waited for, of layer `index`'s keys and values [K sinks+S+W H], if they are numbers."""
+def cluster_layer(keys, values, index: int, *args, **options) -> TreeLayer:
+    """`build_layer`, waited for, of layer `index`'s keys and values [K T' H], if they are numbers."""
     check_finite(keys, values, index)
-    return jax.block_until_ready(build_layer(keys, values, *options))
+    return jax.block_until_ready(build_layer(keys, values, *args, **options))
 
 
 def finish(tree: Tree, queries: list, report: Reporter) -> Tree:
@@ -147,10 +155,13 @@ def hash_tokens(tokens, before=None) -> jax.Array:
     return jnp.asarray(np.frombuffer(hashlib.sha256(start + np.asarray(tokens).tobytes()).digest(), np.uint8))
 
 
-def embed_chunked(params, tokens):
-    """x [1 T' D] of tokens i32[1 T], padded so that chunks divide it; causality keeps the padding from mattering."""
-    length = tokens.shape[1]
-    return _embed(params, jnp.pad(tokens, ((0, 0), (0, -length % min(CHUNK, length)))))
+def embed_chunked(params, tokens, room: int = 0):
+    """x [1 T' D] of tokens i32[1 T], padded to `room`, and so that chunks divide it.
+
+    Causality keeps padding from mattering; what lies behind the last chunk that has tokens is never read.
+    """
+    room = max(room, tokens.shape[1])
+    return _embed(params, buckets.pad_columns(tokens, room + -room % min(CHUNK, room), fill=0))
 
 
 @jax.jit
@@ -159,27 +170,36 @@ def _embed(params, tokens):
 
 
 def prefill_layer(params, index: int, x, length: int, num_queries: int, report: Reporter, before: Tree | None = None):
-    """One layer over the whole context x [1 T' D] -> (x, keys, values [K sinks+S+W H], last queries [N W H]).
+    """One layer over the first `length` tokens of x [1 T' D] -> (x, keys, values [K T' H], last queries [N W H]).
 
     The tokens follow the context of the tree `before`, if there is one, and attend to all of it.
     """
     config = params.config
     layer = params.layer(index)
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK, x.shape[1])
     cache = _empty_cache(params, (2, 1, x.shape[1], config.num_kv_heads, config.head_dim), x.dtype)
+    in_room = None if before is None else buckets.in_room(before, "xla")
     queries = []
     with report.spend("prefill"):
-        for start in range(0, x.shape[1], chunk):
-            x, cache, q = _prefill_chunk(params, layer, x, cache, start, before, index, chunk)
+        for start in range(0, length, chunk):
+            x, cache, q = _prefill_chunk(params, layer, x, cache, start, in_room, index, chunk)
             if start + chunk > length - num_queries:
                 queries.append(q)
             report.layer(index, _prefill_work(config, min(start + chunk, length), before), cache)
-        end = x.shape[1] - length
-        q = jnp.concatenate(queries, axis=0)
-        q = q[len(q) - end - num_queries : len(q) - end].swapaxes(0, 1)
-        keys, values = (cache[i, 0, :length].swapaxes(0, 1) for i in (0, 1))
+        keys, values, q = _taken(cache, queries, num_queries, on_device(-length % chunk, jnp.int32))
         jax.block_until_ready((x, keys, values))
     return x, keys, values, q
+
+
+@functools.partial(jax.jit, static_argnames="num_queries")
+def _taken(cache, queries: list, num_queries: int, spare):
+    """(keys, values [K T' H], queries [N W H]) of cache [2 1 T' K H] and of the last chunks of queries [chunk N H].
+
+    W = num_queries, followed by `spare` i32[] that no token belongs to.
+    """
+    q = jnp.concatenate(queries, axis=0)
+    q = jax.lax.dynamic_slice_in_dim(q, len(q) - spare - num_queries, num_queries)
+    return *cache[:, 0].swapaxes(1, 2), q.swapaxes(0, 1)
 
 
 @functools.partial(jax.jit, static_argnames="chunk", donate_argnames=("x", "cache"))

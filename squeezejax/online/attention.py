@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from squeezejax import buckets
 from squeezejax.mesh import sharding
 from squeezejax.online.reading import EVERY_KEY, Estimate, check_reading, reading_of
 from squeezejax.online.select import check_queries
@@ -71,7 +72,7 @@ def attend(
     )
     check_reading(reading, B)
     sharding.check_users(tree, B)
-    attended = _attend(tree, q, Own(k, v, start, lengths), layer, reading)
+    attended = _attend(buckets.in_room(tree, reading.implementation), q, Own(k, v, start, lengths), layer, reading)
     return attended.out, attended.lse
 
 

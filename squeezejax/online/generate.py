@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import buckets
 from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole, on_device
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
-from squeezejax.online import buckets
 from squeezejax.online.attention import attend_user, prepared
 from squeezejax.online.reading import Estimate, check_reading, dense_reading, fell_back, reading_of
 from squeezejax.online.sampling import Sampling, check_users, log_probability, penalized, sample, sampling_of
@@ -171,15 +171,17 @@ def prefill(
     reading = reading_of(tree, sparsity=sparsity, estimate=estimate, implementation=implementation)
     check_reading(reading, B)
     extra = DEFAULT_ROOM if capacity is None else check_whole("capacity", capacity)
+    in_room = buckets.in_room(tree, reading.implementation)
     if state is None:
         room = buckets.round_up(T + extra, buckets.ROOM)
         check_state_fits(params, tree, B, room)
-        state = empty_state(params, tree, B, room)
+        state = empty_state(params, in_room, B, room)
     else:
         if state.lengths.shape[0] != B:
             raise ValueError(f"the state holds {state.lengths.shape[0]} users, tokens has {B}")
         state = _with_room(state, T + extra)
-    return _prefill(params, tree, state, _padded(tokens), lengths, reading)
+    tokens = on_device(buckets.pad_tokens(tokens), jnp.int32)
+    return _prefill(params, in_room, state, tokens, lengths, reading)
 
 
 def decode(
@@ -213,7 +215,8 @@ def decode(
     check_reading(reading, state.lengths.shape[0])
     state = _with_room(state, num_tokens)
     steps = buckets.round_up(num_tokens, buckets.ANSWER)
-    found, state = _decode(params, tree, state, reading, sampling, steps, on_device(num_tokens, jnp.int32))
+    limit, in_room = on_device(num_tokens, jnp.int32), buckets.in_room(tree, reading.implementation)
+    found, state = _decode(params, in_room, state, reading, sampling, steps, limit)
     found = dataclasses.replace(found, fell_back=fell_back(tree, len(found.lengths), **options))
     return _first_tokens(found, num_tokens), state
 
@@ -227,17 +230,12 @@ def _generate(params, tree, tokens, lengths, reading: Reading, sampling: Samplin
     max_new_tokens = check_whole("max_new_tokens, the number of tokens to generate,", max_new_tokens, 1)
     check_users(sampling, tokens.shape[0])
     check_reading(reading, tokens.shape[0])
-    tokens, steps = _padded(tokens), buckets.round_up(max_new_tokens, buckets.ANSWER)
+    tokens = on_device(buckets.pad_tokens(tokens), jnp.int32)
+    steps = buckets.round_up(max_new_tokens, buckets.ANSWER)
     check_state_fits(params, tree, tokens.shape[0], tokens.shape[1] + steps)
-    limit = on_device(max_new_tokens, jnp.int32)
+    limit, tree = on_device(max_new_tokens, jnp.int32), buckets.in_room(tree, reading.implementation)
     found = _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, steps, limit)
     return _first_tokens(found, max_new_tokens)
-
-
-def _padded(tokens) -> jax.Array:
-    """Tokens i32[B T], of the host or a device, on the device and in the columns of their bucket."""
-    width = buckets.round_up(tokens.shape[1], buckets.QUESTION)
-    return on_device(buckets.pad_columns(tokens, width, fill=0), jnp.int32)
 
 
 def _first_tokens(found: Generation, num_tokens: int) -> Generation:
@@ -271,6 +269,7 @@ def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> S
 
 def read_one(params, tree: Tree, state: State, tokens, reading: Reading) -> State:
     """The state after one more token a user, i32[B], for which it has room: `decode` where somebody else draws."""
+    tree = buckets.in_room(tree, reading.implementation)
     return _prefill(params, tree, state, tokens[:, None], on_device(np.ones(len(tokens)), jnp.int32), reading)
 
 

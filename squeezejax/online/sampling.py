@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from squeezejax import buckets
 from squeezejax.arguments import (
     check_key,
     check_number,
@@ -15,7 +16,6 @@ from squeezejax.arguments import (
     on_device,
     raw_key_shape,
 )
-from squeezejax.online import buckets
 
 
 @functools.partial(jax.tree_util.register_dataclass)

@@ -124,7 +124,7 @@ def drawn():
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def attention(data):
         B, K = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))

@@ -146,7 +146,7 @@ def run(case: str, fault: str | None) -> tuple[str, dict]:
         errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", complaint, re.M) or [
             "it ended with " + str(process.returncode)
         ]
-        seen.append("an error: " + errors[-1][:110].replace("|", "/"))
+        seen.append("an error: " + re.sub(r"\d{9,}", "…", errors[-1])[:100].replace("|", "/"))
     return ", ".join(seen) or NOTHING, sites
 
 

@@ -86,7 +86,7 @@ def drawn():
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def attention(data):
         K, granules = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40))

@@ -1,7 +1,7 @@
 """Sizes that programs are compiled for: outside a trace, those that users choose are rounded up to a few.
 
 A program is compiled for shapes, and compiling takes seconds where answering takes a fraction of one. So `generate`,
-`prefill` and `decode` round up, and pass on how much of it is real as a number on the device:
+`prefill`, `decode`, `squeeze` and `append` round up, and pass on how much of it is real as a number on the device:
 
 | what | rounded up to |
 |---|---|
@@ -9,16 +9,21 @@ A program is compiled for shapes, and compiling takes seconds where answering ta
 | tokens to generate | the same from 64 on |
 | rows of room in a state | the same from 128 on |
 | stop tokens | the same from 4 on |
+| rows of a tree with codes of keys | multiples of 64, from 4,096 on 32 to 64 steps a doubling |
 
-Nothing that a caller sees depends on it but the room of a state: padding enters no mean and no cache, and what is
-generated is cut to what was asked for. The number of users is not rounded. Under a caller's `jit` shapes stay as given.
+Nothing that a caller sees depends on it but the room of a state, and in a tree rows of order −1 and clusters without
+keys: padding enters no mean and no cache, and what is generated is cut to what was asked for. The number of users is
+not rounded. Under a caller's `jit` shapes stay as given.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from squeezejax.arguments import on_device
 
 QUESTION, ANSWER, ROOM, STOP_TOKENS = 32, 64, 128, 4  # the least of each
 
@@ -36,9 +41,33 @@ def round_up(count: int, least: int) -> int:
     return -(-count // step) * step
 
 
+def round_up_rows(count: int) -> int:
+    """The bucket of a context's rows, in steps of 64 up to 4,096 and of 3 % at most from there on.
+
+    A step costs memory and time in proportion, at every answer and in the file: hence finer ones than for questions.
+    """
+    step = max(64, (1 << (count - 1).bit_length()) // 64)
+    return -(-count // step) * step
+
+
+def in_room(tree, implementation: str):
+    """The tree as programs are handed it: its number of keys is a number on the device, where they can do with that.
+
+    Contexts whose rows are rounded up to as many share programs then. A kernel is compiled for its number of keys.
+    """
+    if implementation != "xla" or tree.live_keys is not None or tracing():
+        return tree
+    return dataclasses.replace(tree, num_keys=tree.keys.shape[2], live_keys=on_device(tree.num_keys, jnp.int32))
+
+
 def tracing() -> bool:
     """Whether this runs under somebody's `jit`, also where everything that is known of is a constant there."""
     return isinstance(jax.device_put(np.int32(0)), jax.core.Tracer)
+
+
+def pad_tokens(tokens):
+    """Questions' tokens [B T], of the host or a device, in the columns of their bucket, zeros behind them."""
+    return pad_columns(tokens, round_up(tokens.shape[1], QUESTION), fill=0)
 
 
 def pad_columns(array, width: int, fill: int):
