@@ -158,9 +158,9 @@ def _prefill_every(tree, q, own: Own, layer, context: str | None) -> Attended:
         else:
             listed = tree.order[layer] >= 0
             fixed = back(attend_all(rows, tree.cache, listed, layer, chunk=_chunk(rows.shape[2] * B * K)))
-    fixed = merge_shards(*fixed, context) if context else fixed
-    found = merge(fixed, *map(back, attend_window(tree, rows, layer)), _attend_own(q, own))
-    return Attended(*found, jnp.ones(B, jnp.float32))
+    fixed = merge_shards(fixed[0], fixed[1], context) if context else fixed
+    out, lse = merge(fixed, *map(back, attend_window(tree, rows, layer)), _attend_own(q, own))
+    return Attended(out, lse, jnp.ones(B, jnp.float32))
 
 
 def _attend_own(q, own: Own):

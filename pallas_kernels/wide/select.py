@@ -25,7 +25,7 @@ def keep_rows(tree, rows, valid, group: int, layer, reading, context: str | None
     with jax.named_scope("select"):
         if tree.config.score == "mean":
             log_T = reading.log_T_of_users(len(rows))
-            of_user = lambda user: levelwise.score_heads(tree.levels, layer, *user, context)[1]
+            of_user = lambda user: levelwise.score_heads(tree.levels, layer, user[0], user[1], user[2], context)[1]
             cluster = _of_layer(tree, layer)
             return of_rows(map_over(of_user, (rows, valid, log_T)), cluster) & (cluster >= 0)[None]
         num_tokens = jnp.sum(valid.astype(jnp.float32), axis=1) / group
