@@ -116,7 +116,7 @@ class Kept(NamedTuple):
         U, R = self.mask.shape
         place = (self.within - 1 + self.before[:, :, None]).reshape(U, -1)[:, :R].astype(jnp.int32) + first[:, None]
         number = jnp.arange(U * R, dtype=jnp.int32).reshape(U, R)
-        place = jnp.where(self.mask, place, size)
+        place = jnp.where(self.mask, place, size + number)  # each its own place, also of those that are dropped
         return jnp.full(size, -1, jnp.int32).at[place].set(number, mode="drop", unique_indices=True)
 
     def in_room(self, P: int):
