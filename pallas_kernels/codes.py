@@ -83,9 +83,26 @@ def dots(packed, rows):
     by_floats = lambda packed, rows: jnp.einsum(
         "...MH,...JH->...MJ", rows, unpack(packed, H), precision=jax.lax.Precision.HIGHEST
     )
-    if M > FEW_ROWS or packed.shape[-1] % 4:
+    if M > FEW_ROWS:
         return by_floats(packed, rows)
-    return jax.lax.platform_dependent(packed, rows, cpu=_dots_by_integers, default=by_floats)
+    on_cpu = by_floats if packed.shape[-1] % 4 else _dots_by_integers
+    return jax.lax.platform_dependent(packed, rows, cpu=on_cpu, default=_dots_by_sums)
+
+
+def _dots_by_sums(packed, rows):
+    """`dots` as a sum over unpacked levels: XLA's GPU backend writes levels down before a product, not inside a sum."""
+    size, H = packed.shape[-1], rows.shape[-1]
+    bits = size // -(-H // 8)
+    # Each level is moved to the highest bits by a factor: XLA makes a range of shifts by a kernel of its own.
+    top = 8 - bits
+    factors = np.array([2 ** (top - shift) for shift in range(0, 8, bits)], np.int32)
+    levels = packed.astype(jnp.int32)[..., None, :] * factors.reshape((1,) * (packed.ndim - 1) + (-1, 1))
+    levels = (levels & ((2**bits - 1) << top)).astype(jnp.float32) / 2**top - (2**bits - 1) / 2  # [… J 8/bits size]
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, size * 8 // bits - H)]
+    rows = jnp.pad(rows, padding).reshape(*rows.shape[:-1], 8 // bits, size)
+    # Rows last: what is gathered once serves all of them.
+    found = jnp.sum(levels[..., :, None, :, :] * rows[..., None, :, :, :], axis=(-2, -1))  # [… J M]
+    return jnp.swapaxes(found, -1, -2)
 
 
 def _dots_by_integers(packed, rows):

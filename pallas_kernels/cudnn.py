@@ -42,6 +42,15 @@ def attend_own(q, k, v, start, *, implementation: str = "cudnn"):
     return jax.lax.cond(jnp.any(start > 0), with_earlier, lambda: themselves)
 
 
+def attend_layer(q, keys, values, *, implementation: str = "cudnn"):
+    """Of tokens q [B T K G H] to every row of keys, values [K R H]: (out f32[B T K G H], lse f32[B T K G])."""
+    B, T, K, G, H = q.shape
+    by_head = q.transpose(2, 0, 1, 3, 4).reshape(K, B * T, G, H)  # a head is a batch entry, so that nothing is copied
+    out, lse = attend_rows(by_head, keys[:, :, None], values[:, :, None], implementation)
+    back = lambda x: jnp.moveaxis(x.reshape(K, B, T, G, *x.shape[4:]), 0, 2)
+    return back(out), back(lse)
+
+
 def _attend_themselves(q, k, v, start, implementation: str):
     """Of every token to those of q up to itself."""
     row = jnp.minimum(start[:, None] + jnp.arange(q.shape[1])[None, :], k.shape[1] - 1)

@@ -48,7 +48,12 @@ class Reading:
         one, block = jnp.atleast_2d(self.log_T), jnp.atleast_2d(self.block_log_T)
         # −∞ and +∞ stand in both or in none, and would give NaN.
         both = (1 - share) * jnp.where(jnp.isinf(one), 0.0, one) + share * jnp.where(jnp.isinf(block), 0.0, block)
-        return jnp.where(jnp.isinf(one), one, jnp.where(jnp.isinf(block), block, both))
+        return jnp.where(jnp.isinf(one), one, jnp.where(jnp.isinf(block) & (share > 0), block, both))
+
+    @property
+    def dense_blocks(self) -> jax.Array:
+        """bool[]: whether blocks of tokens read every key."""
+        return jnp.all((self.log_T if self.block_log_T is None else self.block_log_T) == -jnp.inf)
 
     @property
     def estimates(self) -> bool:
@@ -85,6 +90,7 @@ class Backend(Protocol):
     """One way of computing everything; a method that cannot take its arguments raises NotImplementedError first."""
 
     name: str  # what `implementation=` calls it
+    checked: str  # how it is known to be right, for people
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, as the end of a sentence ("needs a …"); None if it can."""

@@ -2,16 +2,18 @@
 
 import contextlib
 import math
+from typing import NamedTuple
 
 from squeezejax.pallas_kernels.hopper.backend import Hopper
 from squeezejax.pallas_kernels.interface import Backend, Layout
 from squeezejax.pallas_kernels.proof import proved
+from squeezejax.pallas_kernels.wide.backend import Wide
 from squeezejax.pallas_kernels.xla.backend import Xla
 
 AUTO = "auto"  # what `None` means where a backend that is better than plain XLA may run
 
-_hopper = Hopper()
-_backends: list[Backend] = [_hopper, Xla()]  # best first
+_hopper, _wide = Hopper(), Wide()
+_backends: list[Backend] = [_hopper, _wide, Xla()]  # best first
 
 
 def register(backend: Backend):
@@ -46,6 +48,25 @@ def resolve(implementation: str | None) -> str:
     return implementation
 
 
+def preferred() -> str:
+    """The first backend that can run on this machine: what `None` begins with."""
+    return next(backend.name for backend in _backends if backend.missing() is None)
+
+
+class Surveyed(NamedTuple):
+    """What there is to know of a backend on this machine."""
+
+    name: str
+    missing: str | None  # why it does not run here, as the end of a sentence; None: it does
+    checked: str  # how it is known to be right
+
+
+def survey() -> list[Surveyed]:
+    """All backends, best first."""
+    of = lambda backend: Surveyed(backend.name, backend.missing(), getattr(backend, "checked", "not said"))
+    return [of(backend) for backend in _backends]
+
+
 def choose(implementation: str, task: str, *arguments) -> Backend:
     """The backend for a task, a method of `Backend`, with arguments as its `check` takes them.
 
@@ -66,11 +87,31 @@ def choose(implementation: str, task: str, *arguments) -> Backend:
     raise refusal or NotImplementedError(f"no backend can {task} here")
 
 
+def may_run(name: str, implementation: str) -> bool:
+    """Whether a backend may be chosen for what `resolve` gave."""
+    return implementation == name or (
+        implementation == AUTO and any(backend.name == name and backend.missing() is None for backend in _backends)
+    )
+
+
 @contextlib.contextmanager
 def force_mosaic():
     """Lets "mosaic" be chosen without a GPU: for the interpreter and for compiling without a device."""
-    before, _hopper.forced = _hopper.forced, True
+    with _forced(_hopper):
+        yield
+
+
+@contextlib.contextmanager
+def force_wide():
+    """Lets "wide" be chosen on a CPU, and by `None`: for tests and for compiling without a device."""
+    with _forced(_wide):
+        yield
+
+
+@contextlib.contextmanager
+def _forced(backend):
+    before, backend.forced = backend.forced, True
     try:
         yield
     finally:
-        _hopper.forced = before
+        backend.forced = before

@@ -21,6 +21,7 @@ from squeezejax.offline.levelwise import MOST_EXACT_CLUSTERS, dropped_fractions
 from squeezejax.offline.thresholds import GRID
 from squeezejax.online.fallback import why_dense
 from squeezejax.online.generate import empty_state
+from squeezejax.pallas_kernels.wide.backend import step_bytes
 from squeezejax.tree import Level, Tree, stack_layers
 
 # Temporaries of clustering one layer, in float32 copies of its keys, by the bytes of a key (16 bits are widened first):
@@ -46,6 +47,8 @@ class Memory:
     window: int  # and sinks
     state: int  # users' own keys and values, logits
     temporaries: int  # of a decode step, estimated: copies of one layer's weights and cache, which XLA makes on a CPU
+    # The same where "wide" selects, on a GPU or TPU without kernels of ours: scores of all rows, and the largest room.
+    temporaries_wide: int
     build_floor: int  # certainly alive at once during `squeeze`, weights included
     build_peak: int  # the same with temporaries, estimated
 
@@ -224,9 +227,16 @@ def _memory(params, tree: Tree, state, mesh) -> Memory:
         window=window,
         state=state_bytes,
         temporaries=(weights + state_bytes) // tree.num_layers,
+        temporaries_wide=_temporaries_wide(params, tree, state, mesh),
         build_floor=floor,
         build_peak=floor + clustering,
     )
+
+
+def _temporaries_wide(params, tree: Tree, state, mesh) -> int:
+    group = params.config.num_heads // params.config.num_kv_heads
+    devices = size_of(mesh, "data") * size_of(mesh, "model") * size_of(mesh, "context")
+    return step_bytes(tree, group, state.lengths.shape[0]) // devices
 
 
 def _keys_values(sizes: dict[str, int]) -> int:

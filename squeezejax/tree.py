@@ -143,6 +143,9 @@ class Tree(_Arrays):
     context_hash: jax.Array | None = None  # u8[32], SHA-256 of the context's token ids (with every part that was
     # appended: of the hash so far and the part's); a leaf, so that another document compiles nothing again
     parts: int = _static(default=1)  # of equal size, along rows and clusters; a cluster lies in one with its children
+    # i32[L K R], the finest cluster of every row, −1 for padding. It follows from `levels`: programs whose backend
+    # wants it make it once (`online.attention.prepared`), and no tree at rest has it.
+    row_clusters: jax.Array | None = None
 
     # Axes by attribute path; what `squeezejax.shardings` splits a tree by.
     AXES: ClassVar[dict[str, str]] = {
@@ -167,6 +170,7 @@ class Tree(_Arrays):
         "key_steps": "LKR",
         "key_scales": "LKR",
         "value_scales": "LKR",
+        "row_clusters": "LKR",
         "denominators": "LKGz",
         "sparsities": "P",
         "thresholds": "nP",

@@ -357,7 +357,7 @@ Q, KV = np.zeros((2, 3, 4, 6), np.float32), np.zeros((2, 7, 2, 6), np.float32)
         ((Q, KV, KV), {"lengths": np.zeros((2, 1), np.int32)}, "lengths"),
         ((Q, KV, KV), {"sparsity": 0.5, "log_thresholds": np.zeros(2)}, "not both"),
         ((Q, KV, KV), {"log_thresholds": np.zeros(3)}, "one a level"),
-        ((Q, KV, KV), {"implementation": "cuda"}, "'xla', 'mosaic'"),
+        ((Q, KV, KV), {"implementation": "cuda"}, "'xla', 'wide', 'mosaic'"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, options, message):

@@ -27,6 +27,7 @@ from squeezejax.chat.shown import shown
 from squeezejax.command_line import cli, commands, demo, info, trust
 from squeezejax.explain.text import context_ids
 from squeezejax.online import fallback
+from squeezejax.pallas_kernels import registry
 from squeezejax.storage import files as storage
 
 QUESTION = "What is the passcode of Amber Falcon?"
@@ -173,6 +174,23 @@ def test_info(folder, capsys):
     text = capsys.readouterr().out
     assert f"{tree.context_length} tokens: {tree.num_keys} clustered, then a window of 8" in text
     assert all(len(line) < 120 for line in text.splitlines() if "=" not in line)
+
+
+def test_info_of_the_machine(capsys):
+    """Without a file: every implementation, and why it runs or does not."""
+    assert cli.main(["info"]) == 0
+    found = capsys.readouterr().out
+    assert "implementation   xla, unless another is named" in found
+    assert re.search(
+        r"wide +does not run: it is for GPUs and TPUs, and this is a CPU\n +checked against plain XLA", found
+    )
+    assert re.search(r"xla +runs here\n +checked against float64", found)
+    with registry.force_wide():
+        assert cli.main(["info", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["implementation"] == "wide"
+    assert [entry["name"] for entry in content["implementations"]] == ["mosaic", "wide", "xla"]
+    assert [entry["missing"] is None for entry in content["implementations"]] == [False, True, True]
 
 
 def test_info_says_what_a_sparsity_misses(tmp_path, capsys):

@@ -11,6 +11,9 @@ import squeezejax
 from squeezejax.command_line.plan_table import plan_lines
 from squeezejax.models import Llama, LlamaConfig
 from squeezejax.online import fallback
+from squeezejax.online.reading import thresholds
+from squeezejax.pallas_kernels import registry
+from squeezejax.pallas_kernels.interface import Reading
 
 L, K, G, H, S, W = 2, 2, 2, 8, 60, 4
 MODEL = LlamaConfig(vocab_size=50, model_dim=16, mlp_dim=16, num_layers=L, num_heads=K * G, num_kv_heads=K, head_dim=H)
@@ -58,6 +61,30 @@ def test_rule_by_hand(tree, monkeypatch, read, sparsity, falls_back):
     )
     assert (rule(sparsity)[0] == -jnp.inf) == falls_back
     assert falls_back or rule(sparsity)[0] == log_T[0]
+
+
+def test_the_rule_of_accelerators(tree):
+    """By hand, without codes: 0.2 + 2 · kept + 250e6 / bytes; a question's tokens read every key in any case."""
+    large_tree = large(tree, int(1e9 / (2 * K * H * 4)))  # 0.45 + 2 · kept
+    with registry.force_wide():
+        dense = [bool(fallback.falls_back(large_tree, sparsity)[0]) for sparsity in (0.71, 0.74, 1.0)]
+        one, block = thresholds(large_tree, 0.9, None)
+        nothing = thresholds(large_tree, 1.0, None)
+        per_user = thresholds(large_tree, np.array([0.9, 1.0]), None)
+    assert dense == [True, False, False]
+    assert np.all(np.isfinite(one))
+    assert np.all(block == -np.inf)
+    assert np.all(nothing[1] == np.inf)
+    np.testing.assert_array_equal(per_user[1], [[-np.inf], [np.inf]])
+    assert thresholds(large_tree, 0.9, None)[1] is None  # on this machine
+
+
+def test_blocks_read_every_key_and_tokens_select(tree):
+    """A token of a block by itself still selects: only blocks are dense."""
+    reading = Reading(jnp.array([-3.0]), jnp.array([-jnp.inf]))
+    np.testing.assert_array_equal(reading.log_T_of(jnp.array([1.0, 2.0]), W), [[-3.0], [-np.inf]])
+    assert reading.dense_blocks
+    assert not Reading(jnp.array([-3.0])).dense_blocks
 
 
 def test_every_user_falls_back_alone(tree, monkeypatch):

@@ -492,7 +492,7 @@ def test_uncalibrated_trees_are_refused(params, tree):
         (QUESTIONS, {"sparsity": [[0.5]]}, "one number"),
         (QUESTIONS, {"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
         (QUESTIONS, {"repetition_penalty": [1.0, 1.0, 1.0]}, "repetition_penalty is given for 3 users"),
-        (QUESTIONS, {"implementation": "triton"}, "'xla', 'mosaic'"),
+        (QUESTIONS, {"implementation": "triton"}, "'xla', 'wide', 'mosaic'"),
     ],
 )
 def test_bad_arguments_are_refused(params, tree, tokens, options, message):

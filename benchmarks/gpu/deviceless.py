@@ -53,15 +53,17 @@ class Program:
 
 
 @functools.cache
-def sharding() -> NamedSharding:
-    """The one device of the H200 that programs are compiled for."""
-    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=TARGET_TEXT)
+def sharding(capability: str = "9.0") -> NamedSharding:
+    """The one device that programs are compiled for: an H200, or what it would be with another compute capability."""
+    major, minor = capability.split(".")
+    target = re.sub(r"(cuda_compute_capability \{)[^}]*", rf"\1 major: {major} minor: {minor} ", TARGET_TEXT)
+    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=target)
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
 
 
-def on_device(tree):
+def on_device(tree, capability: str = "9.0"):
     """Shapes and dtypes of a pytree of arrays (or of their descriptions), placed on the device to compile for."""
-    place = sharding()
+    place = sharding(capability)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
@@ -78,15 +80,15 @@ def on_devices(tree, shardings):
     return jax.tree.map(describe, tree, shardings)
 
 
-def compile_program(function, *args, out_shardings=None) -> Program:
+def compile_program(function, *args, out_shardings=None, capability: str = "9.0") -> Program:
     """Compiles a function of `on_device` arguments; the GPU's code is made, nothing runs."""
     for path in _DUMP.iterdir():
         path.unlink()
     from squeezejax.pallas_kernels.hopper import mosaic  # which older JAX lacks
 
-    target = min(sharding().device_set, key=lambda device: device.id)
+    target = min(sharding(capability).device_set, key=lambda device: device.id)
     with _silence_stderr(), mosaic.compile_for(target):
-        compiled = jax.jit(function, out_shardings=out_shardings or sharding()).lower(*args).compile()
+        compiled = jax.jit(function, out_shardings=out_shardings or sharding(capability)).lower(*args).compile()
     return Program(compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes, tuple(_kernels()))
 
 

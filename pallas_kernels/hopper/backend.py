@@ -20,6 +20,7 @@ class Hopper:
     """The backend "mosaic"; see `interface.Backend` for its methods."""
 
     name = "mosaic"
+    checked = "against float64 on this device before its first use, and interpreted in tests; never run on a GPU yet"
     forced = False  # taken to run here: for the interpreter and for compiling without a device
 
     def missing(self) -> str | None:

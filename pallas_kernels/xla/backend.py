@@ -16,6 +16,7 @@ class Xla:
     """The backend "xla"; see `interface.Backend` for its methods."""
 
     name = "xla"
+    checked = "against float64 in tests, on CPUs; others are compared with it"
 
     def missing(self) -> str | None:
         """Nothing."""

@@ -23,7 +23,7 @@ from squeezejax.pallas_kernels.xla.softmax import MASKED, Softmax, map_over
 BLOCK = 1024  # listed clusters or keys scored at once by a lane: their codes and scores stay in cache
 
 
-class _Query(NamedTuple):
+class Query(NamedTuple):
     """The rows of every lane, in the forms that scores need."""
 
     plain: jax.Array  # f32[U M H], over √H
@@ -41,12 +41,12 @@ def select(tree, q, valid, layer, log_T, *, context: str | None = None, estimate
     values.
     """
     B, K, M, H = q.shape
-    query = _query(q, valid, layer)
+    query = query_of(q, valid, layer)
     by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     levels = jax.tree.map(by_lane, tree.levels)
     values = [_value_table(level, H, tail) for level in levels]
     log_T = jnp.repeat(log_T, K, axis=0).T[:, :, None]  # [levels U 1]
-    dots, log_A, lse = _score_coarsest(tree, levels[0], query, context)
+    dots, log_A, lse = score_coarsest(tree, levels[0], query, context)
     counts = levels[0].counts[query.head]
     kept = (log_A > log_T[0]) & (counts > 0)
     left = _left_of(dots, levels[0], values[0], query, (counts > 0) & ~kept) if estimate else None
@@ -73,12 +73,13 @@ def _value_table(level, H: int, tail: bool):
     return level.value_centroids if tail else jnp.zeros((*level.counts.shape, 0), jnp.float32)
 
 
-def _query(q, valid, layer) -> _Query:
+def query_of(q, valid, layer) -> Query:
+    """The lanes of rows q [B K M H], of which valid bool[B M] take part; layer i32[]."""
     B, K, M, H = q.shape
     plain = q.reshape(B * K, M, H).astype(jnp.float32) / math.sqrt(H)
     half_square = jnp.sum(plain * plain, axis=-1) / 2
     head = jnp.tile(layer * K + jnp.arange(K), B)
-    return _Query(plain, codes.rotate(plain), half_square, jnp.repeat(valid, K, axis=0), head)
+    return Query(plain, codes.rotate(plain), half_square, jnp.repeat(valid, K, axis=0), head)
 
 
 def cluster_dots(level, plain, turned):
@@ -120,26 +121,43 @@ def denominator(scores, counts, sink_scores, context: str | None = None):
     return jnp.logaddexp(lse, jax.nn.logsumexp(sink_scores, axis=0)) if sink_scores.shape[0] else lse
 
 
-def _score_coarsest(tree, level, query: _Query, context: str | None):
+def score_coarsest(tree, level, query: Query, context: str | None):
     """(dots f32[U C M], log A f32[U C], lse f32[U M]) of the coarsest level."""
     by_lane = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
     sinks = by_lane(tree.window_keys[:, :, : tree.config.sinks])
 
-    def one_lane(lane):  # sliced in here: only one head's centroids are ever copied out of the stack
+    def one_lane(lane):
         u, head = lane
-        here = jax.tree.map(lambda leaf: leaf[head], level)
-        dots = cluster_dots(here, query.plain[u], query.turned[u])
-        scores = dots + here.spreads.astype(jnp.float32)[:, None] * query.half_square[u][None, :]
+        counts, dots, scores = _score_lane(level, query, u, head)
         sink_scores = jnp.einsum(
             "sH,MH->sM", sinks[head].astype(jnp.float32), query.plain[u], precision=jax.lax.Precision.HIGHEST
         )
-        lse = denominator(scores, here.counts, sink_scores, context)
+        lse = denominator(scores, counts, sink_scores, context)
         if tree.denominators is not None:
             G = tree.denominators.shape[2]
             lse = correct(lse.reshape(-1, G), by_lane(tree.denominators)[head][None]).reshape(-1)
         return dots, log_mean(scores, lse, query.valid[u]), lse
 
     return map_over(one_lane, (jnp.arange(len(query.head)), query.head))
+
+
+def score_all(level, query: Query, lse):
+    """(dots f32[U C M], log A f32[U C]) of every cluster of a finer level, whether its parent is kept or not."""
+
+    def one_lane(lane):
+        u, head = lane
+        _, dots, scores = _score_lane(level, query, u, head)
+        return dots, log_mean(scores, lse[u], query.valid[u])
+
+    return map_over(one_lane, (jnp.arange(len(query.head)), query.head))
+
+
+def _score_lane(level, query: Query, u, head):
+    """(counts i32[C], dots f32[C M], scores f32[C M]) of one lane, of a level with leading axis L·K."""
+    # Sliced in here: only one head's centroids are ever copied out of the stack.
+    here = jax.tree.map(lambda leaf: leaf[head], level)
+    dots = cluster_dots(here, query.plain[u], query.turned[u])
+    return here.counts, dots, dots + here.spreads.astype(jnp.float32)[:, None] * query.half_square[u][None, :]
 
 
 def _runs_below(level, kept, head, children: bool) -> Runs:
@@ -160,7 +178,7 @@ def _listed(runs: Runs, i, block: int):
     return jnp.where(listed, numbers, 0), jnp.where(listed, owners, 0), listed
 
 
-def _score_listed(level, values, query: _Query, lse, log_t, runs: Runs, left: Softmax | None):
+def _score_listed(level, values, query: Query, lse, log_t, runs: Runs, left: Softmax | None):
     """The clusters of a level that are listed: (dots f32[U C M], kept bool[U C], `left` with those dropped)."""
     U, M, _ = query.plain.shape
     C = level.counts.shape[1]
@@ -202,7 +220,7 @@ def _rows_of(level) -> _Clusters:
     return _Clusters(level.centroids, level.codes, level.steps, level.spreads, level.counts)
 
 
-def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, runs: Runs, left: Softmax | None):
+def _keep_keys(key_codes: codes.Codes, dots, values, query: Query, lse, log_t, runs: Runs, left: Softmax | None):
     """Of the listed rows those whose keys are kept: (Rows, `left` with the others).
 
     key_codes, leading axes [L·K R]; dots f32[U C M] of the finest clusters, values of the same; runs of rows.
@@ -215,9 +233,8 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
         found, used, left = state
         rows, owners, listed = _listed(runs, i, block)
         take = lambda leaf, numbers=rows: leaf.at[query.head[:, None], numbers].get(mode="promise_in_bounds")
-        residual = codes.dots(take(key_codes.packed), query.turned)  # [U M J]
-        of_cluster = jnp.swapaxes(dots.at[lane, owners].get(mode="promise_in_bounds"), 1, 2)
-        scores = of_cluster + take(key_codes.steps).astype(jnp.float32)[:, None, :] * residual
+        of_cluster = dots.at[lane, owners].get(mode="promise_in_bounds")
+        scores = score_keys(jax.tree.map(take, key_codes), of_cluster, query.turned)
         kept = listed & jax.vmap(exceeds)(scores, lse, query.valid, log_t[:, 0])
         slot = jnp.where(kept, used[:, None] + jnp.cumsum(kept, axis=1) - 1, R)
         found = found.at[lane, slot].set(rows, mode="drop")
@@ -230,7 +247,13 @@ def _keep_keys(key_codes: codes.Codes, dots, values, query: _Query, lse, log_t, 
     return Rows(found, used), left
 
 
-def _left_of(dots, level, values, query: _Query, which) -> Softmax:
+def score_keys(key_codes: codes.Codes, of_cluster, turned):
+    """Scores f32[U M J] of J keys a lane: their codes [U J …], their clusters' dots f32[U J M], turned f32[U M H]."""
+    residual = codes.dots(key_codes.packed, turned)  # [U M J]
+    return jnp.swapaxes(of_cluster, 1, 2) + key_codes.steps.astype(jnp.float32)[:, None, :] * residual
+
+
+def _left_of(dots, level, values, query: Query, which) -> Softmax:
     """What is left to the clusters `which` bool[U C] of the coarsest level, given their dots f32[U C M]."""
 
     def one_lane(lane):

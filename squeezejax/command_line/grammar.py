@@ -287,7 +287,7 @@ text alone; --chat goes on as one conversation, in which every turn sees the ear
     )
     command.add_argument(
         "--implementation",
-        choices=("xla", "mosaic"),
+        choices=("xla", "wide", "mosaic"),
         help="choose keys by this one, even where reading all would be faster (default: the best, and every key where "
         "choosing does not pay)",
     )
@@ -339,17 +339,20 @@ def _add_info(commands):
     command = _command(
         commands,
         "info",
-        "what a squeezed file holds",
+        "what a squeezed file holds; without one, what runs on this machine",
         """\
 Sizes, clusters, thresholds and notes of a file that `build` wrote; the model is not needed.
 A cluster's keys are read where the logarithm of its score for a question exceeds log T, which
 was measured so that about the fraction `sparsity` of all keys is dropped.
 
+Without a file: the devices, and which implementation answers questions on them and why.
+
   squeezejax info book.tree
-  squeezejax info --json book.tree""",
+  squeezejax info --json book.tree
+  squeezejax info""",
         _run("squeezejax.command_line.info", "info"),
     )
-    command.add_argument("tree", metavar="TREE", help="what `build` wrote")
+    command.add_argument("tree", metavar="TREE", nargs="?", help="what `build` wrote (default: this machine)")
     command.add_argument("--json", action="store_true", help="for programs")
     return command
 

@@ -1,10 +1,12 @@
-"""What `squeezejax info` says of a tree file, without the model and without reading its keys and values."""
+"""What `squeezejax info` says of a tree file, without the model and without reading its keys and values; or of this
+machine."""
 
 import dataclasses
 import json
 import os
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from squeezejax.chat.shown import shown_line
 from squeezejax.memory import readable_bytes
 from squeezejax.offline.thresholds import expected_missed_mass, log_thresholds
+from squeezejax.pallas_kernels import registry
 from squeezejax.storage import files as storage
 from squeezejax.tree import Tree
 
@@ -22,11 +25,35 @@ SHOWN_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 def info(arguments):
     """`squeezejax info`."""
-    content = describe_tree(arguments.tree)
+    content = describe_machine() if arguments.tree is None else describe_tree(arguments.tree)
+    lines = _machine_lines if arguments.tree is None else _lines
     if arguments.json:
         print(_UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(content, indent=2, ensure_ascii=False)))
     else:
-        print("\n".join(map(shown_line, _lines(content))))
+        print("\n".join(map(shown_line, lines(content))))
+
+
+def describe_machine() -> dict:
+    """What `info --json` prints without a tree: devices, and every implementation that answers questions."""
+    devices = jax.devices()
+    return {
+        "jax": jax.__version__,
+        "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
+        "implementation": registry.preferred(),
+        "implementations": [found._asdict() for found in registry.survey()],
+    }
+
+
+def _machine_lines(content: dict):
+    """`describe_machine` for people."""
+    kinds = dict.fromkeys(content["devices"])
+    counted = ", ".join(f"{content['devices'].count(kind)} × {kind}" for kind in kinds)
+    yield f"devices          {counted}; JAX {content['jax']}"
+    yield f"implementation   {content['implementation']}, unless another is named; what it refuses falls to the next:"
+    for found in content["implementations"]:
+        runs = "runs here" if found["missing"] is None else f"does not run: it {found['missing']}"
+        yield f"  {found['name']:14} {runs}"
+        yield f"  {'':14} checked {found['checked']}"
 
 
 def describe_tree(path) -> dict:

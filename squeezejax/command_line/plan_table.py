@@ -81,6 +81,7 @@ def _memory_lines(made: Plan, device_memory: float | None):
         "users' own tokens": memory.state,
         "answering, at least": memory.answering,
         "answering, about": memory.answering + memory.temporaries,
+        "GPU, no own kernels": memory.answering + memory.temporaries_wide,
         "building, at least": memory.build_floor,
         "building, about": memory.build_peak,
     }

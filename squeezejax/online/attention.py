@@ -3,6 +3,7 @@
 What is read, and how, is the backend's (`squeezejax.pallas_kernels`), by the `Reading` that it is handed.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from squeezejax.online.select import check_queries
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.interface import Attended, Own, Reading
 from squeezejax.pallas_kernels.layout import split_heads
+from squeezejax.pallas_kernels.wide.select import clusters_of_rows
 from squeezejax.tree import Tree
 
 
@@ -78,6 +80,22 @@ def attend(
 @jax.jit
 def _attend(tree: Tree, q, own: Own, layer, reading: Reading) -> "LayerOutput":
     return attend_user(sharding.local_numbers(tree), q, own, layer, reading)
+
+
+def prepared(tree: Tree, reading: Reading) -> Tree:
+    """The tree as programs of many layers and steps read it: with `local_numbers`, and what would be derived each time.
+
+    That is `Tree.row_clusters`, where the backend that selects by masks may run.
+    """
+    tree = sharding.local_numbers(tree)
+    if reading.log_T is None or not registry.may_run("wide", reading.implementation):
+        return tree
+    mesh = sharding.mesh_of(tree)
+    if mesh is None:
+        return dataclasses.replace(tree, row_clusters=clusters_of_rows(tree))
+    letters = sharding.spec(mesh, "LKR")
+    found = sharding.map_shards(clusters_of_rows, mesh, (sharding.specs(mesh, tree),), letters)(tree)
+    return dataclasses.replace(tree, row_clusters=found)
 
 
 class LayerOutput(NamedTuple):

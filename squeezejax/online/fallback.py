@@ -8,8 +8,14 @@ costs about
 
 and pays where that is below 1. The numbers come from measurements on two CPU cores in float32 and are cautious there
 (benchmarks/notes/online.md); f is taken as 1 − sparsity, which a decode step seldom exceeds.
+
+Where the backend "wide" runs, on GPUs and TPUs without kernels of ours, the numbers are others, from launches and bytes
+counted in programs compiled for GPUs (benchmarks/results/compile_wide.md), and have never been measured. A question's
+tokens read every key there: many queries make products the limit, not bytes, and scoring codes takes as many as
+attending to the keys themselves.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,12 +23,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from squeezejax.arguments import check_number, on_device
+from squeezejax.pallas_kernels import registry
 from squeezejax.tree import Tree
 
 LOOK_UP = 0.10
 LOOK_UP_OF_CODES = 0.55  # with codes of keys, whose candidates are scored one by one
 READ_BY_LIST = 2.0
 OVERHEAD = 10e6  # bytes that dense attention reads in the time of the fixed overhead
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The numbers of the rule on one kind of device."""
+
+    look_up: float
+    look_up_of_codes: float
+    read_by_list: float
+    overhead: float
+
+
+# A room may be twice as large as what it holds; 25 launches and a wait for the host take 45 µs, and dense attention
+# moves up to 5 TB a second.
+WIDE = Costs(look_up=0.2, look_up_of_codes=0.25, read_by_list=2.0, overhead=250e6)
+
+
+def costs() -> Costs:
+    """Those of this machine's default backend."""
+    return WIDE if runs_wide() else Costs(LOOK_UP, LOOK_UP_OF_CODES, READ_BY_LIST, OVERHEAD)
+
+
+def runs_wide() -> bool:
+    """Whether `implementation=None` begins with the backend "wide" on this machine."""
+    return registry.preferred() == "wide"
 
 
 def dense_if_cheaper(tree: Tree, sparsity, log_T):
@@ -33,9 +65,20 @@ def dense_if_cheaper(tree: Tree, sparsity, log_T):
     """
     _, K, _, H = tree.keys.shape
     read = 2 * K * H * tree.keys.dtype.itemsize * tree.num_keys
-    look_up = LOOK_UP_OF_CODES if tree.config.key_bits else LOOK_UP
-    fixed = on_device(look_up + OVERHEAD / read, jnp.float32)  # of this context: another one compiles nothing again
-    return _dense_if_cheaper(check_number("sparsity", sparsity, per_user=True), log_T, fixed, READ_BY_LIST)
+    here = costs()
+    look_up = here.look_up_of_codes if tree.config.key_bits else here.look_up
+    fixed = on_device(look_up + here.overhead / read, jnp.float32)  # of this context: another compiles nothing again
+    return _dense_if_cheaper(check_number("sparsity", sparsity, per_user=True), log_T, fixed, here.read_by_list)
+
+
+def of_blocks(log_T, block_log_T) -> jax.Array | None:
+    """Thresholds of blocks of tokens f32[levels] or [B levels], for those of one token and of blocks, or None.
+
+    Where the backend "wide" runs, −∞, unless nothing is to be read.
+    """
+    if not runs_wide():
+        return block_log_T
+    return jnp.where(log_T == jnp.inf, jnp.inf, -jnp.inf).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="by_list")

@@ -17,7 +17,7 @@ from squeezejax import buckets
 from squeezejax.arguments import check_lengths, check_model, check_tokens, check_whole, on_device
 from squeezejax.memory import check_state_fits
 from squeezejax.mesh import sharding
-from squeezejax.online.attention import attend_user
+from squeezejax.online.attention import attend_user, prepared
 from squeezejax.online.reading import Estimate, check_reading, dense_reading, fell_back, reading_of
 from squeezejax.online.sampling import Sampling, check_users, log_probability, penalized, sample, sampling_of
 from squeezejax.pallas_kernels.interface import Own, Reading
@@ -256,7 +256,7 @@ def _prefill_and_decode(params, tree, tokens, lengths, reading, sampling, num_to
 @jax.jit
 def _prefill(params, tree, state: State, tokens, lengths, reading: Reading) -> State:
     """Reads tokens i32[B T], lengths i32[B] of them real, after what the state holds."""
-    tree = sharding.local_numbers(tree)
+    tree = prepared(tree, reading)
     with jax.named_scope("prefill"):
         x, cache, (kept, _) = forward(params, tree, state, tokens, lengths, reading)
         last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)  # [B 1 D]
@@ -298,7 +298,7 @@ class _Loop(NamedTuple):
 @functools.partial(jax.jit, static_argnames="num_tokens")
 def _decode(params, tree, state: State, reading: Reading, sampling: Sampling, num_tokens: int, limit):
     """Up to limit i32[] of num_tokens tokens a user; the loop ends early when every user has stopped."""
-    tree = sharding.local_numbers(tree)
+    tree = prepared(tree, reading)
     B = state.lengths.shape[0]
 
     def step(loop: _Loop) -> _Loop:

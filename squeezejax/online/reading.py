@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from squeezejax.arguments import check_number, on_device
 from squeezejax.offline.thresholds import block_log_thresholds
 from squeezejax.offline.thresholds import log_thresholds as log_thresholds_at
-from squeezejax.online.fallback import dense_if_cheaper, falls_back
+from squeezejax.online.fallback import dense_if_cheaper, falls_back, of_blocks
 from squeezejax.pallas_kernels import registry
 from squeezejax.pallas_kernels.interface import Reading
 from squeezejax.tree import Tree
@@ -77,8 +77,10 @@ def thresholds(tree: Tree, sparsity, log_thresholds, implementation: str | None 
         sparsity = tree.config.sparsity if sparsity is None else sparsity
         sparsity = check_number("sparsity", sparsity, per_user=True)
         found = log_thresholds_at(tree, sparsity), block_log_thresholds(tree, sparsity)
-        cheaper = lambda log_T: None if log_T is None else dense_if_cheaper(tree, sparsity, log_T)
-        return tuple(map(cheaper, found)) if implementation is None else found
+        if implementation is not None:
+            return found
+        one, block = (None if log_T is None else dense_if_cheaper(tree, sparsity, log_T) for log_T in found)
+        return one, of_blocks(one, block)
     if sparsity is not None:
         raise ValueError("give sparsity or log_thresholds, not both")
     log_T = on_device(log_thresholds, jnp.float32)

@@ -12,6 +12,7 @@ from meshes import make_mesh, put, sent
 
 import squeezejax
 from squeezejax import SqueezeConfig
+from squeezejax.pallas_kernels import registry
 
 S, W, T, NEW = 44, 6, 5, 5
 RNG = np.random.default_rng(7)
@@ -86,6 +87,26 @@ def test_same_tokens_and_nothing_sent(heads, kv_heads, kind, axes):
     for name, shapes in sent(compiled):
         assert set(shapes) <= allowed, (name, shapes)
     assert "all-reduce" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        ("codes, 8 bits", {"data": 2, "model": 2, "context": 2}),
+        ("hierarchical", {"context": 2}),
+    ],
+)
+def test_wide_launches_give_the_same_tokens(kind, axes):
+    """The backend for accelerators: each device selects by a mask of its own part, and one counts the window."""
+    params, tree, answers = on_one_device(4, 2, kind)
+    params, tree = put_all(make_mesh(**axes), params, tree)
+    with registry.force_wide():
+        for sparsity, answer in answers.items():
+            found = squeezejax.generate(
+                params, tree, QUESTIONS, lengths=LENGTHS, sparsity=sparsity, max_new_tokens=NEW, implementation="wide"
+            )
+            np.testing.assert_array_equal(found.tokens, answer.tokens)
+            np.testing.assert_allclose(found.kept_fraction, answer.kept_fraction, rtol=1e-5)
 
 
 def test_numbers_a_user():
