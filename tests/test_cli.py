@@ -137,9 +137,9 @@ def test_session_reads_only_what_is_new(folder, monkeypatch):
     options = stream.Options(max_new_tokens=10, sparsity=0.0)
     read = []
 
-    def prefill(*arguments, lengths, **options):
-        read.append(int(lengths[0]))
-        return squeezejax.prefill(*arguments, lengths=lengths, **options)
+    def prefill(params, tree, tokens, **options):
+        read.append(tokens.shape[1])
+        return squeezejax.prefill(params, tree, tokens, **options)
 
     monkeypatch.setattr(stream, "prefill", prefill)
     session, fresh = (stream.Session(params, storage.load(folder / "text.tree"), options) for _ in range(2))
