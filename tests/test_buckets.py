@@ -65,7 +65,7 @@ def names(compiled) -> collections.Counter:
 
 
 # Copies of arrays of one size into arrays of another, which take milliseconds to compile.
-COPIES = {"cut_columns", "_pad_on_device", "broadcast_in_dim", "stage", "_threefry_seed"}
+COPIES = {"cut_columns", "_pad_on_device", "broadcast_in_dim", "convert_element_type", "stage", "_threefry_seed"}
 
 
 def test_200_questions_compile_two_programs(params, coded):

@@ -17,8 +17,8 @@ from benchmarks.public.prompts import Prompts, tokenize
 from benchmarks.public.samples import Item
 from benchmarks.quality import report
 from squeezejax.chat import prompts as chat
-from squeezejax.chat.stream import PADDING
 
+PADDING = 64  # questions' tokens are padded to multiples of it, so that few shapes are compiled
 DENSE = None  # in place of a sparsity
 MOST_LENGTHS = 32  # of contexts whose programs are kept
 
@@ -171,7 +171,7 @@ def ask(setup: Setup, tree, members: list[Item], prompts: Prompts, part: list[in
 def pad(setup: Setup, prompts: Prompts, part: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The questions of a batch, padded at the end: tokens i32[B T] and lengths i32[B]."""
     questions = [prompts.questions[at] for at in part]
-    multiple = max(PADDING, setup.multiple)  # few shapes are compiled
+    multiple = max(PADDING, setup.multiple)
     tokens = np.zeros((len(part), -(-max(map(len, questions)) // multiple) * multiple), np.int32)
     for row, ids in zip(tokens, questions, strict=True):
         row[: len(ids)] = ids

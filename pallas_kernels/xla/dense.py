@@ -89,7 +89,7 @@ def attend_all(q, cache: KeysValues, valid, layer, *, chunk: int = 512):
     def step(i, state: Softmax) -> Softmax:
         # The last chunk is moved back to end with the cache; rows already seen are masked.
         first = jnp.minimum(i * chunk, R - chunk)
-        at = lambda array: (layer, 0, first, *(0,) * (array.ndim - 3))
+        at = lambda array: [jnp.asarray(x, jnp.int32) for x in (layer, 0, first, *(0,) * (array.ndim - 3))]
         take = lambda array: jax.lax.dynamic_slice(array, at(array), (1, K, chunk, *array.shape[3:]))[0]
         mask = jax.lax.dynamic_slice_in_dim(valid, first, chunk, axis=1)
         mask = mask & (first + jnp.arange(chunk) >= i * chunk)[None, :]

@@ -110,7 +110,7 @@ class LayerOutput(NamedTuple):
 def attend_user(tree: Tree, q, own: Own, layer, reading: Reading) -> LayerOutput:
     """`attend` with every argument resolved, q [B T N H], for a tree with `local_numbers`."""
     tree, reading = jax.lax.stop_gradient((tree, reading))
-    mesh = sharding.mesh_of(tree)
+    mesh, layer = sharding.mesh_of(tree), jnp.asarray(layer, jnp.int32)
     if mesh is None:
         return _attend_here(tree, q, own, layer, reading)
     context = sharding.context_axis(mesh)
@@ -125,7 +125,7 @@ def attend_user(tree: Tree, q, own: Own, layer, reading: Reading) -> LayerOutput
     of_reading = jax.tree.map(lambda leaf: user if leaf.ndim == 2 else whole, reading)
     in_specs = (sharding.specs(mesh, tree), heads, Own(heads, heads, user, user), whole, of_reading)
     call = sharding.map_shards(attend_shard, mesh, in_specs, LayerOutput(heads, heads, user, user))
-    return call(tree, q, own, jnp.asarray(layer, jnp.int32), reading)
+    return call(tree, q, own, layer, reading)
 
 
 def _attend_here(tree: Tree, q, own: Own, layer, reading: Reading, context: str | None = None) -> LayerOutput:
